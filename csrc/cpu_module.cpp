@@ -1,0 +1,138 @@
+// pykernels._cpu: the CPU kernels for Python. Tensors arrive as addresses, sizes and strides in elements, so that the module
+// needs neither torch nor numpy to build or to load. Callers are pykernels/ops/*/op.py, which own the memory and have
+// checked the arguments; what is checked again here is what keeps every access inside the memory described.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "causal_conv/causal_conv.hpp"
+#include "common/isa.hpp"
+#include "common/parallel.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+template <class T>
+pk::View3<T> view(std::uintptr_t address, const Strides& strides) {
+    return {reinterpret_cast<T*>(address), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+pk::Activation activation_from(int code) {
+    if (code < 0 || code > static_cast<int>(pk::Activation::tanh)) throw std::invalid_argument("unknown activation code");
+    return static_cast<pk::Activation>(code);
+}
+
+pk::ConvShape conv_shape(const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation) {
+    const auto [batch, in_channels, length] = x_shape;
+    const auto [out_channels, weight_channels, kernel_size] = weight_shape;
+    if (batch < 0 || in_channels < 1 || length < 0 || out_channels < 0 || kernel_size < 1 || dilation < 1 ||
+        weight_channels != in_channels)
+        throw std::invalid_argument("inconsistent shapes; call pykernels.causal_conv1d, which says what is wrong");
+    return {batch, in_channels, out_channels, length, kernel_size, dilation};
+}
+
+template <class T>
+void forward(const pk::ConvShape& shape, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
+             std::uintptr_t bias, std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
+             std::uintptr_t h, pk::Activation activation, double negative_slope, int threads) {
+    const pk::CausalConvForward<T> p{shape,
+                                     view<const T>(x, x_strides),
+                                     pointer<const T>(weight),
+                                     pointer<const T>(bias),
+                                     view<const T>(residual, residual_strides),
+                                     pointer<T>(y),
+                                     pointer<T>(h),
+                                     activation,
+                                     static_cast<T>(negative_slope),
+                                     threads};
+    const py::gil_scoped_release release;
+    pk::causal_conv_forward(p);
+}
+
+void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
+                           std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight, std::uintptr_t bias,
+                           std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
+                           std::uintptr_t h, int activation, double negative_slope, int threads) {
+    if (residual != 0 && std::get<2>(residual_strides) != 1)
+        throw std::invalid_argument("the residual's time stride must be 1");
+    (is_double ? forward<double> : forward<float>)(conv_shape(x_shape, weight_shape, dilation), x, x_strides, weight, bias,
+                                                   residual, residual_strides, y, h, activation_from(activation),
+                                                   negative_slope, threads);
+}
+
+template <class T>
+void backward(const pk::ConvShape& shape, std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
+              const Strides& h_strides, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
+              std::uintptr_t grad_x, std::uintptr_t grad_weight, std::uintptr_t grad_bias, pk::Activation activation,
+              double negative_slope, int threads) {
+    const pk::CausalConvBackward<T> p{shape,
+                                      view<const T>(grad_y, grad_y_strides),
+                                      view<const T>(h, h_strides),
+                                      view<const T>(x, x_strides),
+                                      pointer<const T>(weight),
+                                      pointer<T>(grad_x),
+                                      pointer<T>(grad_weight),
+                                      pointer<T>(grad_bias),
+                                      activation,
+                                      static_cast<T>(negative_slope),
+                                      threads};
+    const py::gil_scoped_release release;
+    pk::causal_conv_backward(p);
+}
+
+void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
+                            std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
+                            const Strides& h_strides, std::uintptr_t x, const Strides& x_strides,
+                            std::uintptr_t weight, std::uintptr_t grad_x, std::uintptr_t grad_weight,
+                            std::uintptr_t grad_bias, int activation, double negative_slope, int threads) {
+    (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y, grad_y_strides,
+                                                     h, h_strides, x, x_strides, weight, grad_x, grad_weight, grad_bias,
+                                                     activation_from(activation), negative_slope, threads);
+}
+
+// "x86_64_v3" is the C++ name; Python and the environment variable write x86-64-v3.
+std::string public_name(pk::Isa isa) {
+    std::string name = pk::isa_name(isa);
+    for (std::size_t at = name.find("_v"); at != std::string::npos; at = std::string::npos) name[at] = '-';
+    if (name.rfind("x86_64", 0) == 0) name[3] = '-';
+    return name;
+}
+
+py::list capabilities() {
+    py::list names;
+    for (int i = 0; i < pk::isa_count; ++i)
+        if (pk::isa_supported(static_cast<pk::Isa>(i))) names.append(public_name(static_cast<pk::Isa>(i)));
+    return names;
+}
+
+void set_capability(const std::string& name) {
+    for (int i = 0; i < pk::isa_count; ++i) {
+        const auto isa = static_cast<pk::Isa>(i);
+        if (public_name(isa) == name && pk::isa_supported(isa)) return pk::set_active_isa(isa);
+    }
+    throw std::invalid_argument("CPU capability '" + name + "' is unknown or not supported by this machine");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+    m.doc() = "CPU kernels of pykernels; private, see pykernels.ops.";
+    m.def("capabilities", &capabilities, "Names of the CPU capabilities that this machine runs, from least to best.");
+    m.def("capability", [] { return public_name(pk::active_isa()); }, "Name of the capability in use.");
+    m.def("set_capability", &set_capability, py::arg("name"));
+    m.def("has_openmp", &pk::has_openmp);
+    m.def("causal_conv1d_forward", &causal_conv1d_forward);
+    m.def("causal_conv1d_backward", &causal_conv1d_backward);
+}

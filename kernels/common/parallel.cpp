@@ -1,0 +1,100 @@
+#include "common/parallel.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define PK_HAS_FORK 1
+#endif
+
+namespace pk {
+namespace {
+
+std::atomic<bool> forked{false};
+
+#ifdef PK_HAS_FORK
+[[maybe_unused]] const int fork_handler_registered =
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+#endif
+
+constexpr std::size_t kept_bytes = std::size_t{16} << 20;
+
+struct KeptBlock {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+    bool in_use = false;
+    ~KeptBlock() { std::free(data); }
+};
+
+thread_local KeptBlock kept;
+
+void* allocate(std::size_t bytes) {
+    void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (data == nullptr) throw std::bad_alloc();
+    return data;
+}
+
+}  // namespace
+
+int usable_threads(int threads) {
+#ifdef _OPENMP
+    if (threads > 1 && !forked.load(std::memory_order_relaxed)) return threads;
+#endif
+    (void)threads;
+    return 1;
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* context) {
+    int workers = usable_threads(threads);
+    if (workers > tasks) workers = static_cast<int>(tasks);
+#ifdef _OPENMP
+    if (workers > 1) {
+        std::atomic<std::int64_t> next{0};
+#pragma omp parallel num_threads(workers)
+        {
+            const int worker = omp_get_thread_num();
+            for (std::int64_t task = next++; task < tasks; task = next++) body(context, task, worker);
+        }
+        return;
+    }
+#endif
+    for (std::int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+}
+
+Scratch::Scratch(std::size_t bytes) : owned_(bytes > kept_bytes || kept.in_use) {
+    if (owned_) {
+        data_ = allocate(bytes);
+        return;
+    }
+    if (bytes > kept.bytes) {
+        std::free(kept.data);
+        kept.data = nullptr;
+        kept.bytes = 0;
+        kept.data = allocate(bytes);
+        kept.bytes = bytes;
+    }
+    kept.in_use = true;
+    data_ = kept.data;
+}
+
+Scratch::~Scratch() {
+    if (owned_)
+        std::free(data_);
+    else
+        kept.in_use = false;
+}
+
+}  // namespace pk

@@ -1,0 +1,36 @@
+// A parallel loop over independent tasks, and the scratch memory that such loops use.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pk {
+
+// Calls body(context, task, worker) for every task in [0, tasks), on at most `threads` workers numbered from 0.
+// Tasks are handed out as workers become free, so a result must not depend on which worker computes it. Runs on the
+// calling thread alone when threads <= 1, and in a process forked from one that had already run in parallel (the
+// OpenMP runtime's workers do not survive a fork). `body` must not throw.
+using TaskBody = void (*)(const void* context, std::int64_t task, int worker);
+void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* context);
+
+// Workers that parallel_tasks would use: 1 where it would run on the calling thread.
+int usable_threads(int threads);
+
+bool has_openmp();
+
+// 64-byte aligned scratch memory of the calling thread. Small blocks are kept for the thread's next call, since giving
+// pages back and faulting them in again costs more than a small convolution. One scratch may be alive per thread.
+class Scratch {
+public:
+    explicit Scratch(std::size_t bytes);  // throws std::bad_alloc
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    void* data() const { return data_; }
+
+private:
+    void* data_;
+    bool owned_;
+};
+
+}  // namespace pk

@@ -1,0 +1,198 @@
+// Vec<T>: as many lanes of float or double as one register of this capability holds, with the few operations that the
+// kernels need. Included by kernel units only (see isa.hpp).
+//
+// gcc and clang vector types give one source for every register width; the `generic` capability uses plain arrays.
+// Products and sums are written apart and contract to FMA where the capability has it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/isa.hpp"
+
+#if defined(PK_PLAIN)
+#define PK_VECTOR_BYTES 16
+#elif defined(__AVX512F__)
+#include <immintrin.h>
+#define PK_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define PK_VECTOR_BYTES 32
+#else
+#define PK_VECTOR_BYTES 16
+#endif
+
+#define PK_INLINE inline __attribute__((always_inline))
+
+PK_ISA_BEGIN
+
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+    using Int = std::int32_t;
+    static constexpr int mantissa_bits = 23, exponent_bias = 127;
+    static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+};
+template <>
+struct Format<double> {
+    using Int = std::int64_t;
+    static constexpr int mantissa_bits = 52, exponent_bias = 1023;
+    static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+template <class T>
+struct Vec {
+    using Scalar = T;
+    using Int = typename Format<T>::Int;
+    static constexpr int lanes = PK_VECTOR_BYTES / static_cast<int>(sizeof(T));
+#ifdef PK_PLAIN
+    template <class U>
+    struct Lanes {
+        U lane[lanes];
+        U& operator[](int i) { return lane[i]; }
+        U operator[](int i) const { return lane[i]; }
+    };
+    using Storage = Lanes<T>;
+    using IntStorage = Lanes<Int>;
+#else
+    typedef T Storage __attribute__((vector_size(PK_VECTOR_BYTES)));
+    typedef Int IntStorage __attribute__((vector_size(PK_VECTOR_BYTES)));
+#endif
+    Storage v;
+
+    PK_INLINE Vec() = default;
+    PK_INLINE Vec(T value) {
+#ifdef PK_PLAIN
+        for (int i = 0; i < lanes; ++i) v[i] = value;
+#else
+        v = value - Storage{};
+#endif
+    }
+    static PK_INLINE Vec load(const T* p) {
+        Vec r;
+        std::memcpy(&r.v, p, sizeof r.v);
+        return r;
+    }
+    PK_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof v); }
+
+    // The first n lanes, 0 < n <= lanes; the others read as zero and are not written.
+    static PK_INLINE Vec load_first(const T* p, int n) {
+#if defined(__AVX512F__) && !defined(PK_PLAIN)
+        Vec r;
+        if constexpr (sizeof(T) == 4)
+            r.v = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+        else
+            r.v = _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p);
+        return r;
+#else
+        T lane[lanes] = {};
+        for (int i = 0; i < n; ++i) lane[i] = p[i];
+        return load(lane);
+#endif
+    }
+    PK_INLINE void store_first(T* p, int n) const {
+#if defined(__AVX512F__) && !defined(PK_PLAIN)
+        if constexpr (sizeof(T) == 4)
+            _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
+        else
+            _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), v);
+#else
+        T lane[lanes];
+        store(lane);
+        for (int i = 0; i < n; ++i) p[i] = lane[i];
+#endif
+    }
+
+    // Sum of all lanes, always in the same order: halves are added until four lanes are left, then from the left.
+    PK_INLINE T sum() const {
+        T lane[lanes];
+        store(lane);
+        for (int half = lanes / 2; half >= 4; half /= 2)
+            for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+        T total = lane[0];
+        for (int i = 1; i < (lanes < 4 ? lanes : 4); ++i) total += lane[i];
+        return total;
+    }
+};
+
+#ifdef PK_PLAIN
+#define PK_LANEWISE(op)                                        \
+    template <class T>                                         \
+    PK_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {         \
+        for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] = a.v[i] op b.v[i]; \
+        return a;                                              \
+    }
+#else
+#define PK_LANEWISE(op)                                \
+    template <class T>                                 \
+    PK_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) { \
+        a.v = a.v op b.v;                              \
+        return a;                                      \
+    }
+#endif
+PK_LANEWISE(+)
+PK_LANEWISE(-)
+PK_LANEWISE(*)
+PK_LANEWISE(/)
+#undef PK_LANEWISE
+
+// x <= bound ? yes : no, lane by lane; NaN takes `no`.
+template <class T>
+PK_INLINE Vec<T> select_le(Vec<T> x, Vec<T> bound, Vec<T> yes, Vec<T> no) {
+#ifdef PK_PLAIN
+    for (int i = 0; i < Vec<T>::lanes; ++i) no.v[i] = x.v[i] <= bound.v[i] ? yes.v[i] : no.v[i];
+#else
+    no.v = x.v <= bound.v ? yes.v : no.v;
+#endif
+    return no;
+}
+
+template <class T>
+PK_INLINE typename Vec<T>::IntStorage to_bits(Vec<T> x) {
+    typename Vec<T>::IntStorage bits;
+    std::memcpy(&bits, &x.v, sizeof bits);
+    return bits;
+}
+
+template <class T>
+PK_INLINE Vec<T> from_bits(typename Vec<T>::IntStorage bits) {
+    Vec<T> x;
+    std::memcpy(&x.v, &bits, sizeof bits);
+    return x;
+}
+
+template <class T>
+PK_INLINE Vec<T> copysign(Vec<T> magnitude, Vec<T> sign) {
+    using Int = typename Vec<T>::Int;
+    constexpr Int value_mask = sizeof(T) == 4 ? static_cast<Int>(INT32_MAX) : static_cast<Int>(INT64_MAX);
+    auto m = to_bits(magnitude);
+    const auto s = to_bits(sign);
+#ifdef PK_PLAIN
+    for (int i = 0; i < Vec<T>::lanes; ++i) m[i] = (m[i] & value_mask) | (s[i] & ~value_mask);
+#else
+    m = (m & value_mask) | (s & ~value_mask);
+#endif
+    return from_bits<T>(m);
+}
+
+// n and 2^n for the integer n nearest to x, where 2^n is a normal number.
+template <class T>
+struct RoundedPower {
+    Vec<T> n, power;
+};
+template <class T>
+PK_INLINE RoundedPower<T> round_and_exp2(Vec<T> x) {
+    using F = Format<T>;
+    const Vec<T> magic(F::round_magic);
+    const Vec<T> shifted = x + magic;
+    auto bits = to_bits(shifted);
+    const auto offset = to_bits(magic);
+#ifdef PK_PLAIN
+    for (int i = 0; i < Vec<T>::lanes; ++i) bits[i] = (bits[i] - offset[i] + F::exponent_bias) << F::mantissa_bits;
+#else
+    bits = (bits - offset + F::exponent_bias) << F::mantissa_bits;
+#endif
+    return {shifted - magic, from_bits<T>(bits)};
+}
+
+PK_ISA_END
