@@ -1,0 +1,20 @@
+"""Fast kernels for deep learning on dynamical systems, and published systems on top of them."""
+
+from importlib.metadata import version as _version
+
+from pykernels import nn
+from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
+from pykernels.backends import available_backends, backend
+from pykernels.ops import causal_conv1d
+
+__version__ = _version("pykernels")
+
+__all__ = [
+    "available_backends",
+    "backend",
+    "causal_conv1d",
+    "cpu_capabilities",
+    "cpu_capability",
+    "nn",
+    "set_cpu_capability",
+]

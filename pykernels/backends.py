@@ -1,0 +1,162 @@
+"""Which backend runs a call, and why.
+
+The choice is made in this order: the ``backend=`` argument of the call, the :func:`backend` context, the environment
+variable ``PYKERNELS_BACKEND`` (read when pykernels is imported), and else the first backend in :data:`BACKENDS` that can
+run the call. A backend asked for by name either runs the call or raises; the automatic choice warns, once per
+reason, when it has to fall back to ``reference``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+#: Every backend, in the order in which the automatic choice tries them.
+BACKENDS = ("cpu", "reference")
+
+
+class Answer(NamedTuple):
+    """Whether a backend can do something, and if not, why not."""
+
+    ok: bool
+    reason: str = ""
+
+
+YES = Answer(True)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one operator.
+
+    Args:
+        run: the operator on this backend.
+        can_run: whether it can run on these arguments (those of ``run``).
+        available: whether it can run on this machine at all.
+    """
+
+    run: Callable[..., torch.Tensor]
+    can_run: Callable[..., Answer]
+    available: Callable[[], Answer]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator and its backends. ``check`` compares every backend with the reference and returns the largest error."""
+
+    name: str
+    implementations: dict[str, Implementation]
+    check: Callable[[str], Check]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Largest relative errors of a backend against the float64 reference, and what is allowed, by quantity."""
+
+    errors: dict[str, float]
+    allowed: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return all(self.errors[name] <= self.allowed[name] for name in self.allowed)
+
+
+@dataclass
+class _State:
+    requested: str | None = None
+    warned: set[str] = field(default_factory=set)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def _check_name(name: object, source: str) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
+
+
+_state = _State(os.environ.get("PYKERNELS_BACKEND") or None)
+_check_name(_state.requested, "the environment variable PYKERNELS_BACKEND")
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run the calls inside the ``with`` block on one backend.
+
+    Like other PyTorch switches, it holds for the whole process, not for the current thread alone.
+
+    Args:
+        name: one of :data:`BACKENDS`, or None for the automatic choice.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    _check_name(name, "backend")
+    previous = _state.requested
+    _state.requested = name
+    try:
+        yield
+    finally:
+        _state.requested = previous
+
+
+def select(operator: Operator, requested: str | None, *args: Any) -> Implementation:
+    """The implementation that runs ``operator`` on ``args``.
+
+    Raises:
+        ValueError: if ``requested`` is no backend.
+        RuntimeError: if a backend asked for by name cannot run the call, with its reason.
+    """
+    name = requested or _state.requested
+    if name is None:
+        first_reason = ""
+        for candidate, implementation in operator.implementations.items():
+            answer = implementation.can_run(*args)
+            if answer.ok:
+                if candidate == "reference":
+                    _warn_fallback(operator.name, first_reason)
+                return implementation
+            first_reason = first_reason or f"{candidate}: {answer.reason}"
+        raise RuntimeError(f"no backend can run {operator.name} ({first_reason})")
+    _check_name(name, "backend")
+    if name not in operator.implementations:
+        raise RuntimeError(f"{operator.name} has no backend {name!r}; it has {', '.join(operator.implementations)}")
+    implementation = operator.implementations[name]
+    answer = implementation.can_run(*args)
+    if not answer.ok:
+        raise RuntimeError(f"backend {name!r} cannot run {operator.name}: {answer.reason}")
+    return implementation
+
+
+def _warn_fallback(operator: str, reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    message = (
+        f"{operator} runs on the slow 'reference' backend ({reason}); pass backend='reference' to silence this warning"
+    )
+    if message not in _state.warned:
+        _state.warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def available_backends() -> dict[str, dict[str, Answer]]:
+    """For every operator and backend, whether it can run on this machine, and if not, why not.
+
+    Returns:
+        ``{operator: {backend: (ok, reason)}}``.
+    """
+    return {
+        name: {key: implementation.available() for key, implementation in operator.implementations.items()}
+        for name, operator in OPERATORS.items()
+    }

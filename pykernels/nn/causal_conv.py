@@ -1,0 +1,236 @@
+"""Layers of dilated causal convolutions, and the time-series encoder made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+from pykernels.ops import causal_conv1d
+
+
+class CausalConv1d(nn.Conv1d):
+    """:class:`torch.nn.Conv1d` that sees no future sample: output t depends on inputs up to t.
+
+    Same constructor and state_dict as ``nn.Conv1d``, and an output as long as the input. The activation and the residual
+    are fused into the convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, dilation, bias, device, dtype: as for ``nn.Conv1d``.
+        stride, padding, groups, padding_mode: accepted at their defaults only (the causal padding is built in).
+        activation: None, ``"relu"``, ``"leaky_relu"`` or ``"tanh"``.
+        negative_slope: slope of ``"leaky_relu"`` below zero, at least 0.
+        backend: see :func:`pykernels.causal_conv1d`.
+
+    Shape:
+        input (B, C, T) or (C, T), residual and output (B, O, T) or (O, T).
+
+    Raises:
+        ValueError: if ``stride``, ``padding``, ``groups`` or ``padding_mode`` is not at its default.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: str | int | tuple[int] = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+    ) -> None:
+        for name, value, accepted in (
+            ("stride", stride, (1, (1,))),
+            ("padding", padding, (0, (0,))),
+            ("groups", groups, (1,)),
+            ("padding_mode", padding_mode, ("zeros",)),
+        ):
+            if value not in accepted:
+                raise ValueError(f"CausalConv1d supports {name}={accepted[0]!r} only, got {value!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            dilation=dilation,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.backend = backend
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        unbatched = input.dim() == 2
+        if unbatched:
+            input = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        y = causal_conv1d(
+            input,
+            self.weight,
+            self.bias,
+            dilation=self.dilation[0],
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            backend=self.backend,
+        )
+        return y.squeeze(0) if unbatched else y
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+            if self.activation == "leaky_relu":
+                text += f", negative_slope={self.negative_slope}"
+        return text
+
+
+class CausalConvBlock(nn.Module):
+    """Two weight-normalised causal convolutions with leaky ReLU, and a residual connection around them.
+
+    ``h = act(conv(act(conv(x))))``, output ``h + x``, or ``h + conv1x1(x)`` where the number of channels changes. Both
+    convolutions have the same dilation. Source: Franceschi, Dieuleveut and Jaggi, "Unsupervised scalable representation
+    learning for multivariate time series", NeurIPS 2019.
+
+    Args:
+        in_channels, out_channels, kernel_size, dilation: of the convolutions.
+        negative_slope: of the leaky ReLU.
+        backend: see :func:`pykernels.causal_conv1d`.
+
+    Shape:
+        input (B, C, T), output (B, O, T).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        *,
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+
+        def conv(channels: int) -> nn.Module:
+            return weight_norm(
+                CausalConv1d(
+                    channels,
+                    out_channels,
+                    kernel_size,
+                    dilation=dilation,
+                    device=device,
+                    dtype=dtype,
+                    activation="leaky_relu",
+                    negative_slope=negative_slope,
+                    backend=backend,
+                )
+            )
+
+        self.conv1 = conv(in_channels)
+        self.conv2 = conv(out_channels)
+        self.skip = (
+            None
+            if in_channels == out_channels
+            else CausalConv1d(in_channels, out_channels, 1, device=device, dtype=dtype, backend=backend)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.skip is None else self.skip(x)
+        y: Tensor = self.conv2(self.conv1(x), residual)
+        return y
+
+
+class CausalCNNEncoder(nn.Module):
+    """Encoder of time series into vectors: dilated causal blocks, maximum over time, linear map.
+
+    ``depth`` blocks of ``channels`` channels with dilations 1, 2, 4, ..., then one block of ``reduced_size`` channels with
+    dilation 2**depth. Source: Franceschi, Dieuleveut and Jaggi, NeurIPS 2019; the published tables use the defaults here.
+
+    ``load_state_dict`` also takes the keys of the published implementation.
+
+    Args:
+        in_channels: channels of the series.
+        channels: channels of the inner blocks.
+        depth: number of inner blocks.
+        reduced_size: channels before the maximum over time.
+        out_channels: size of the representation.
+        kernel_size: of the convolutions.
+        backend: see :func:`pykernels.causal_conv1d`.
+
+    Shape:
+        input (B, in_channels, T) with T >= 1, output (B, out_channels).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int = 40,
+        depth: int = 10,
+        reduced_size: int = 160,
+        out_channels: int = 320,
+        kernel_size: int = 3,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * depth + [reduced_size]
+        self.blocks = nn.Sequential(
+            *(
+                CausalConvBlock(c_in, c_out, kernel_size, 2**i, backend=backend, device=device, dtype=dtype)
+                for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False))
+            )
+        )
+        self.linear = nn.Linear(reduced_size, out_channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3 and x.shape[2] == 0:
+            raise ValueError("x holds empty series: the maximum over time needs at least one sample")
+        y: Tensor = self.linear(self.blocks(x).amax(2))
+        return y
+
+    def folded(self) -> AbstractContextManager[None]:
+        """Inside this context the normalised weights are computed once, however often the encoder is called.
+
+        Leave it before the optimiser's step. Not for concurrent use from several threads.
+        """
+        return parametrize.cached()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; also takes the keys of the published implementation."""
+        return super().load_state_dict({_own_key(k): v for k, v in state_dict.items()}, strict, assign)
+
+
+_PUBLISHED_BLOCK = re.compile(r"network\.0\.network\.(\d+)\.(causal\.[03]|upordownsample)\.(\w+)")
+_PUBLISHED_MODULES = {"causal.0": "conv1", "causal.3": "conv2", "upordownsample": "skip"}
+_PUBLISHED_WEIGHTS = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+
+
+def _own_key(key: str) -> str:
+    """The key of this encoder for one of the published implementation; any other key unchanged."""
+    if match := _PUBLISHED_BLOCK.fullmatch(key):
+        index, module, parameter = match.groups()
+        return f"blocks.{index}.{_PUBLISHED_MODULES[module]}.{_PUBLISHED_WEIGHTS.get(parameter, parameter)}"
+    if key in ("network.3.weight", "network.3.bias"):
+        return key.replace("network.3", "linear")
+    return key
