@@ -32,8 +32,10 @@ class PlainCausalConvBlock(nn.Module):
         super().__init__()
 
         def conv(channels: int) -> nn.Module:
-            layer = nn.Conv1d(channels, out_channels, kernel_size, dilation=dilation, device=device, dtype=dtype)
-            return weight_norm(layer)
+            layer: nn.Module = weight_norm(
+                nn.Conv1d(channels, out_channels, kernel_size, dilation=dilation, device=device, dtype=dtype)
+            )
+            return layer
 
         self.padding = (kernel_size - 1) * dilation
         self.conv1 = conv(in_channels)

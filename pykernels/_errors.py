@@ -1,0 +1,41 @@
+"""Errors that are the user's to mend: the command line prints them as one line and exits with status 2."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class InputError(ValueError):
+    """An argument or a data set that cannot be used, with what is accepted instead."""
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """An optional package that is not installed, with the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs {package}: run pip install '.[{extra}]' in a checkout of this project, "
+            f"or give pip the path of the wheel followed by [{extra}]",
+            name=package,
+        )
+
+
+def require(module: str, package: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional module.
+
+    Args:
+        module: what to import, for example ``"sklearn.svm"``.
+        package: its name for pip.
+        extra: the extra of this project that brings it.
+        purpose: what needs it, the subject of the message.
+
+    Raises:
+        MissingExtraError: if the package is not installed. A package that is there but broken raises its own error.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise MissingExtraError(package, extra, purpose) from error

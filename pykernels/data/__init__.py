@@ -1,0 +1,5 @@
+"""Data sets. Nothing here downloads: what is not on the disk is an error."""
+
+from pykernels.data.ucr import Dataset, available, load
+
+__all__ = ["Dataset", "available", "load"]
