@@ -16,6 +16,7 @@ Needs scikit-learn (the extra ``models``).
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Self, TypeAlias
@@ -48,6 +49,7 @@ __all__ = [
     "Windows",
     "encode",
     "fit_svm",
+    "new_encoder",
     "published_steps",
     "sample_windows",
     "shuffled_batches",
@@ -153,6 +155,16 @@ def _cut(series: Tensor, index: Indices, start: Indices, length: int) -> Tensor:
     return windows[torch.from_numpy(index), :, torch.from_numpy(start)]
 
 
+def new_encoder(in_channels: int, seed: int, **options: Any) -> CausalCNNEncoder:
+    """An encoder with the weights of this seed; ``options`` are those of :class:`pykernels.nn.CausalCNNEncoder`.
+
+    PyTorch's global random numbers stay as they were.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return CausalCNNEncoder(in_channels, **options)
+
+
 def published_steps(n_negatives: int) -> int:
     """Optimisation steps of the published tables: 2000 from ten negatives on, else 1500."""
     return 2000 if n_negatives >= 10 else 1500
@@ -198,7 +210,7 @@ def train_encoder(
         windows = sample_windows(len(batch), n_series, length, n_negatives, generator)
         optimizer.zero_grad()
         loss = window_loss(encoder, series, batch, windows)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         optimizer.step()
         losses[step] = loss.item()
         if not np.isfinite(losses[step]):
@@ -220,8 +232,8 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
 
     The features are not scaled; ``gamma="scale"``. C is infinite when there are fewer than 50 cases, or fewer than 5
     per class on average. Otherwise it has the best mean accuracy over 5 stratified folds, not shuffled, among 10**i for
-    i = -4, ..., 4 and infinity, the smallest of equals. Of more than 10 000 cases a stratified sample of 10 000 serves for the
-    search and, as in the published program, for the final fit.
+    i = -4, ..., 4 and infinity, the smallest of equals. Of more than 10 000 cases a stratified sample of 10 000 serves
+    for the search and, as in the published program, for the final fit.
 
     Args:
         features: shape (N, F).
@@ -294,7 +306,8 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
     """Learns features of time series without labels: one encoder for each value in ``n_negatives``.
 
     The series are an array of shape (cases, channels, time), or (cases, time) if they have one channel. They are used
-    as they are: normalise them first if they need it. :meth:`transform` takes series of another length than :meth:`fit`.
+    as they are: normalise them first if they need it. :meth:`transform` may get series of another length than
+    :meth:`fit`.
 
     Args:
         n_negatives: K, negatives per series and step: one number, or several to concatenate their features.
@@ -309,6 +322,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
     Attributes:
         encoders_: the trained encoders, in the order of ``n_negatives``.
         losses_: the loss of each training step, one array per encoder.
+        step_seconds_: mean time of a training step, one number per encoder.
         n_features_in_: number of channels of the series.
 
     Errors in the data are ``ValueError``s that name ``X``.
@@ -318,6 +332,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
 
     encoders_: list[CausalCNNEncoder]
     losses_: list[npt.NDArray[np.float64]]
+    step_seconds_: list[float]
     n_features_in_: int
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> Self:
@@ -326,11 +341,12 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         series = _check_series(X, dtype)
         tqdm = require("tqdm", "tqdm", "models", "a progress bar").tqdm if self.progress else None
         random = check_random_state(self.random_state)
-        encoders, losses = [], []
+        encoders, losses, seconds = [], [], []
         for n_negatives in negatives:
             seed = int(random.randint(np.iinfo(np.int32).max))
             encoder = self._encoder(series.shape[1], seed)
             n_steps = published_steps(n_negatives) if self.n_steps is None else self.n_steps
+            start = time.perf_counter()
             with nullcontext() if tqdm is None else _bar(tqdm, n_steps, n_negatives) as bar:
                 losses.append(
                     train_encoder(
@@ -344,9 +360,11 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
                         on_step=None if bar is None else _reporter(bar),
                     )
                 )
+            seconds.append((time.perf_counter() - start) / n_steps)
             encoders.append(encoder)
         self.encoders_ = encoders
         self.losses_ = losses
+        self.step_seconds_ = seconds
         self.n_features_in_ = series.shape[1]
         return self
 
@@ -366,21 +384,18 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
     def _n_features_out(self) -> int:
         return sum(encoder.linear.out_features for encoder in self.encoders_)
 
-    def _encoder(self, in_channels: int, seed: int | None = None) -> CausalCNNEncoder:
-        # Only PyTorch's CPU generator initialises weights; restoring it keeps the caller's random numbers as they were.
-        with torch.random.fork_rng(devices=[]):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-            return CausalCNNEncoder(
-                in_channels,
-                self.channels,
-                self.depth,
-                self.reduced_size,
-                self.out_channels,
-                self.kernel_size,
-                backend=self.backend,
-                dtype=getattr(torch, self.dtype),
-            )
+    def _encoder(self, in_channels: int, seed: int) -> CausalCNNEncoder:
+        return new_encoder(
+            in_channels,
+            seed,
+            channels=self.channels,
+            depth=self.depth,
+            reduced_size=self.reduced_size,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            backend=self.backend,
+            dtype=getattr(torch, self.dtype),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules with normalised weights cannot be pickled, only their state_dict.
@@ -394,7 +409,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         if "encoders_" in state:
             weights, self.encoders_ = state["encoders_"], []
             for state_dict in weights:
-                encoder = self._encoder(self.n_features_in_)
+                encoder = self._encoder(self.n_features_in_, seed=0)
                 encoder.load_state_dict(state_dict)
                 self.encoders_.append(encoder.eval())
 
