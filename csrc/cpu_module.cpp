@@ -97,6 +97,7 @@ void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Stride
                             const Strides& h_strides, std::uintptr_t x, const Strides& x_strides,
                             std::uintptr_t weight, std::uintptr_t grad_x, std::uintptr_t grad_weight,
                             std::uintptr_t grad_bias, int activation, double negative_slope, int threads) {
+    if (std::get<2>(x_strides) != 1) throw std::invalid_argument("the time stride of x must be 1");
     (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y, grad_y_strides,
                                                      h, h_strides, x, x_strides, weight, grad_x, grad_weight, grad_bias,
                                                      activation_from(activation), negative_slope, threads);

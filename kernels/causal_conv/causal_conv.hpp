@@ -45,7 +45,7 @@ struct CausalConvBackward {
     ConvShape shape;
     View3<const T> grad_y;
     View3<const T> h;  // ignored for Activation::none
-    View3<const T> x;
+    View3<const T> x;  // time_stride 1
     const T* weight;
     T* grad_x;       // (B, C, T) contiguous or null
     T* grad_weight;  // (O, C, K) contiguous or null

@@ -41,11 +41,12 @@ constexpr int conv_rows = 4, conv_columns = 3, dot_rows = 4, dot_columns = 3;
 #endif
 
 constexpr Index panel_bytes = 192 << 10;        // forward: input panel of a tile
-constexpr Index group_bytes = 512 << 10;        // backward: panels of a group
+constexpr Index group_bytes = 768 << 10;        // backward: panels of a group
 constexpr Index group_columns = 1024;           // backward: columns reduced in registers
 constexpr Index max_chunks = 32;                // backward: partial weight gradients
 constexpr double parallel_flops = 200e3;        // below this, waking the other threads costs more than it saves
-constexpr Index tile_vectors = 4 * conv_columns;
+template <class T>
+constexpr Index tile_columns = 24 * Vec<T>::lanes;  // longest tile of the products
 
 PK_INLINE Index min(Index a, Index b) { return a < b ? a : b; }
 PK_INLINE Index max(Index a, Index b) { return a > b ? a : b; }
@@ -74,18 +75,6 @@ int worker_count(const ConvShape& s, int threads) {
 
 // ---- Activations -----------------------------------------------------------------------------------------------------
 
-template <class T>
-PK_INLINE Vec<T> activate(Vec<T> z, Activation activation, Vec<T> slope) {
-    const Vec<T> zero(T(0));
-    switch (activation) {
-        case Activation::relu: return select_le(z, zero, zero, z);
-        case Activation::leaky_relu: return select_le(z, zero, slope * z, z);
-        case Activation::tanh: return tanh(z);
-        case Activation::none: break;
-    }
-    return z;
-}
-
 // grad * act'(z) from h = act(z); the sign of h is the sign of z because slopes are not negative.
 template <class T>
 PK_INLINE Vec<T> activate_backward(Vec<T> grad, Vec<T> h, Activation activation, Vec<T> slope) {
@@ -109,6 +98,24 @@ PK_INLINE Vec<T> load_strided(const T* p, Index stride, int n) {
     return Vec<T>::load(lane);
 }
 
+// Short runs: a call of memcpy or memset would cost more than the copy.
+template <class T>
+PK_INLINE void copy(T* out, const T* p, Index count) {
+    constexpr int lanes = Vec<T>::lanes;
+    Index i = 0;
+    for (; i + lanes <= count; i += lanes) Vec<T>::load(p + i).store(out + i);
+    if (i < count) Vec<T>::load_first(p + i, static_cast<int>(count - i)).store_first(out + i, static_cast<int>(count - i));
+}
+
+template <class T>
+PK_INLINE void clear(T* out, Index count) {
+    constexpr int lanes = Vec<T>::lanes;
+    const Vec<T> zero(T(0));
+    Index i = 0;
+    for (; i + lanes <= count; i += lanes) zero.store(out + i);
+    if (i < count) zero.store_first(out + i, static_cast<int>(count - i));
+}
+
 template <class T>
 struct CopyRows {  // rows of x
     View3<const T> x;
@@ -116,7 +123,7 @@ struct CopyRows {  // rows of x
     PK_INLINE void operator()(T* out, Index batch, Index row, Index time, Index count) const {
         const T* p = x.data + batch * x.batch_stride + row * x.channel_stride + time * x.time_stride;
         if (x.time_stride == 1)
-            std::memcpy(out, p, static_cast<std::size_t>(count) * sizeof(T));
+            copy(out, p, count);
         else
             for (Index i = 0; i < count; ++i) out[i] = p[i * x.time_stride];
     }
@@ -181,10 +188,9 @@ Panel<T> fill_panel(T* data, const ConvShape& s, Reach reach, Index live, Index 
             const Index time = t0 + first + window * s.dilation;
             const Index begin = min(max(0, -time), window_columns);
             const Index end = max(begin, min(window_columns, s.length - time));
-            if (begin > 0) std::memset(out, 0, static_cast<std::size_t>(begin) * sizeof(T));
+            if (begin > 0) clear(out, begin);
             if (end > begin) copy_row(out + begin, batch, row, time + begin, end - begin);
-            if (end < window_columns)
-                std::memset(out + end, 0, static_cast<std::size_t>(window_columns - end) * sizeof(T));
+            if (end < window_columns) clear(out + end, window_columns - end);
         }
     }
     return reach == Reach::left ? Panel<T>{data, width, (live - 1) * step, -step, live}
@@ -208,12 +214,11 @@ void pack_weights(T* packed, const T* weight, Index rows, Index row_stride, Inde
     }
 }
 
-// out[m][column] += sum_{j, i} w[j][i][m] panel[i][tap j + column], for `columns` vectors from `column` on.
+// acc[m] = bias[m] + sum_{j, i} w[j][i][m] panel[i][tap j + column], for `columns` vectors from `column` on.
 template <class T, int rows, int columns>
-PK_INLINE void multiply(T (&out)[conv_rows][conv_columns * Vec<T>::lanes], const T* w, const T* bias,
-                        const Panel<T>& panel, Index inner, Index column) {
+PK_INLINE void multiply(Vec<T> (&acc)[rows][columns], const T* w, const T* bias, const Panel<T>& panel, Index inner,
+                        Index column) {
     constexpr int lanes = Vec<T>::lanes;
-    Vec<T> acc[rows][columns];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 3
@@ -232,31 +237,36 @@ PK_INLINE void multiply(T (&out)[conv_rows][conv_columns * Vec<T>::lanes], const
             }
         }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 3
-        for (int v = 0; v < columns; ++v) acc[m][v].store(out[m] + v * lanes);
 }
 
-// Multiplies `rows` rows of weights from `row` on with all n columns of the panel.
+template <class T, int rows, int columns, class Write>
+PK_INLINE void multiply_and_write(const T* w, const T* bias, const Panel<T>& panel, Index inner, Index row,
+                                  Index column, Index n, const Write& write) {
+    Vec<T> acc[rows][columns];
+    multiply<T, rows, columns>(acc, w, bias, panel, inner, column);
+    constexpr Index all = columns * Vec<T>::lanes;
+    // The lanes of the last vector that lie inside the tile.
+    const int last = static_cast<int>(n - column >= all ? Vec<T>::lanes : n - column - (all - Vec<T>::lanes));
+    write(acc, row, column, last);
+}
+
+// Multiplies `rows` rows of weights, the rows from `row` on of the result, with all n columns of the panel.
 template <class T, int rows, class Write>
 void multiply_rows(const T* w, const T* bias, const Panel<T>& panel, Index inner, Index row, Index n,
                    const Write& write) {
     constexpr int lanes = Vec<T>::lanes;
-    alignas(64) T out[conv_rows][conv_columns * lanes];
     for (Index column = 0; column < n;) {
         const Index vectors = divide_up(n - column, lanes);
-        // Four left are better taken as 2 + 2 than as 3 + 1.
-        const int take = vectors == 4 ? 2 : static_cast<int>(min(vectors, conv_columns));
-        if (take == 3)
-            multiply<T, rows, 3>(out, w, bias, panel, inner, column);
-        else if (take == 2)
-            multiply<T, rows, 2>(out, w, bias, panel, inner, column);
-        else
-            multiply<T, rows, 1>(out, w, bias, panel, inner, column);
-        const Index count = min(take * lanes, n - column);
-        for (int m = 0; m < rows; ++m) write(row + m, column, out[m], count);
-        column += count;
+        if (vectors >= 3 && vectors != 4) {  // four left are better taken as 2 + 2 than as 3 + 1
+            multiply_and_write<T, rows, 3>(w, bias, panel, inner, row, column, n, write);
+            column += 3 * lanes;
+        } else if (vectors >= 2) {
+            multiply_and_write<T, rows, 2>(w, bias, panel, inner, row, column, n, write);
+            column += 2 * lanes;
+        } else {
+            multiply_and_write<T, rows, 1>(w, bias, panel, inner, row, column, n, write);
+            column += lanes;
+        }
     }
 }
 
@@ -278,32 +288,69 @@ void multiply_panel(const T* packed, Index taps, const T* bias, const Panel<T>& 
     }
 }
 
+// Stores a row of register tile; `last` lanes of the last vector lie inside the tile.
+template <class T, int columns>
+PK_INLINE void store_row(T* out, const Vec<T> (&value)[columns], int last) {
+    constexpr int lanes = Vec<T>::lanes;
+#pragma GCC unroll 3
+    for (int v = 0; v < columns - 1; ++v) value[v].store(out + v * lanes);
+    if (last == lanes)
+        value[columns - 1].store(out + (columns - 1) * lanes);
+    else
+        value[columns - 1].store_first(out + (columns - 1) * lanes, last);
+}
+
+// Not inlined: as often as a register tile is finished, tanh may not take its registers from the loops before it.
+template <class T>
+__attribute__((noinline)) void tanh_in_place(T* values, Index count) {
+    for (Index i = 0; i < count; i += Vec<T>::lanes) tanh(Vec<T>::load(values + i)).store(values + i);
+}
+
+template <class T, int rows, int columns>
+PK_INLINE void activate_tile(Vec<T> (&acc)[rows][columns], Activation activation, Vec<T> slope) {
+    if (activation == Activation::none) return;
+    if (activation == Activation::tanh) {
+        alignas(64) T values[rows * columns * Vec<T>::lanes];
+        std::memcpy(values, acc, sizeof values);
+        tanh_in_place(values, rows * columns * Vec<T>::lanes);
+        std::memcpy(acc, values, sizeof values);
+        return;
+    }
+    const bool relu = activation == Activation::relu;
+    const Vec<T> zero(T(0));
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 3
+        for (int v = 0; v < columns; ++v)
+            acc[m][v] = select_le(acc[m][v], zero, relu ? zero : slope * acc[m][v], acc[m][v]);
+}
+
 template <class T>
 struct WriteForward {
     const CausalConvForward<T>& p;
     Index batch, t0;
 
-    // Not inlined: it stands after every register tile, and the row it reads is in the first cache level.
-    __attribute__((noinline)) void operator()(Index row, Index column, const T* z, Index count) const {
+    template <int rows, int columns>
+    PK_INLINE void operator()(Vec<T> (&acc)[rows][columns], Index row, Index column, int last) const {
         constexpr int lanes = Vec<T>::lanes;
+        activate_tile(acc, p.activation, Vec<T>(p.negative_slope));
         const Index offset = (batch * p.shape.out_channels + row) * p.shape.length + t0 + column;
+        if (p.h != nullptr)
+            for (int m = 0; m < rows; ++m) store_row(p.h + offset + m * p.shape.length, acc[m], last);
         const View3<const T>& r = p.residual;
-        const T* residual =
-            r.data == nullptr ? nullptr : r.data + batch * r.batch_stride + row * r.channel_stride + t0 + column;
-        const Vec<T> slope(p.negative_slope);
-        for (Index i = 0; i < count; i += lanes) {
-            const int n = static_cast<int>(min(lanes, count - i));
-            Vec<T> y = activate(Vec<T>::load(z + i), p.activation, slope);
-            if (n == lanes) {
-                if (p.h != nullptr) y.store(p.h + offset + i);
-                if (residual != nullptr) y = y + Vec<T>::load(residual + i);
-                y.store(p.y + offset + i);
-            } else {
-                if (p.h != nullptr) y.store_first(p.h + offset + i, n);
-                if (residual != nullptr) y = y + Vec<T>::load_first(residual + i, n);
-                y.store_first(p.y + offset + i, n);
+        if (r.data != nullptr) {
+            const T* residual = r.data + batch * r.batch_stride + row * r.channel_stride + t0 + column;
+#pragma GCC unroll 8
+            for (int m = 0; m < rows; ++m, residual += r.channel_stride) {
+#pragma GCC unroll 3
+                for (int v = 0; v < columns - 1; ++v) acc[m][v] = acc[m][v] + Vec<T>::load(residual + v * lanes);
+                const T* end = residual + (columns - 1) * lanes;
+                acc[m][columns - 1] = acc[m][columns - 1] +
+                                      (last == lanes ? Vec<T>::load(end) : Vec<T>::load_first(end, last));
             }
         }
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) store_row(p.y + offset + m * p.shape.length, acc[m], last);
     }
 };
 
@@ -312,44 +359,56 @@ struct WriteGradX {
     const CausalConvBackward<T>& p;
     Index batch, t0;
 
-    PK_INLINE void operator()(Index row, Index column, const T* value, Index count) const {
+    template <int rows, int columns>
+    PK_INLINE void operator()(Vec<T> (&acc)[rows][columns], Index row, Index column, int last) const {
         T* out = p.grad_x + (batch * p.shape.in_channels + row) * p.shape.length + t0 + column;
-        std::memcpy(out, value, static_cast<std::size_t>(count) * sizeof(T));
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) store_row(out + m * p.shape.length, acc[m], last);
     }
 };
 
-// ---- Forward ---------------------------------------------------------------------------------------------------------
+// ---- Tiles -----------------------------------------------------------------------------------------------------------
 
-// Columns of a tile: as many as keep `bytes_per_column` * columns within `budget`, in whole register tiles where one fits,
-// and few enough that every worker gets several tiles.
+// How the time axis is cut: `per_sample` tiles of `columns`, the last one shorter.
+struct Tiling {
+    Index columns, per_sample;
+};
+
+// Tiles whose panels, of `column_bytes` per column, take `budget` at most, no longer than `longest`, and so many that there
+// are `wanted` of them; but none shorter than a few vectors.
 template <class T>
-Index tile_columns(const ConvShape& s, Index bytes_per_column, Index budget, Index wanted_tiles) {
-    const Index quantum = conv_columns * Vec<T>::lanes;
-    Index columns = max(1, min(budget / max(1, bytes_per_column) / quantum, tile_vectors)) * quantum;
-    const Index tiles_per_sample = divide_up(wanted_tiles, s.batch);
-    columns = min(columns, max(quantum, divide_up(divide_up(s.length, tiles_per_sample), quantum) * quantum));
-    return min(columns, round_up_to_vector<T>(s.length));
+Tiling cut_time(const ConvShape& s, Index column_bytes, Index budget, Index longest, Index wanted) {
+    constexpr Index shortest = conv_columns * Vec<T>::lanes;
+    const Index fits = max(shortest, min(longest, budget / max(1, column_bytes)));
+    const Index tiles = max(divide_up(s.length, fits), min(divide_up(wanted, s.batch), divide_up(s.length, shortest)));
+    const Index columns = round_up_to_vector<T>(divide_up(s.length, tiles));
+    return {columns, divide_up(s.length, columns)};
 }
 
+// Panel columns per column of a tile: taps further apart than a tile have windows of their own.
+PK_INLINE Index windows(const ConvShape& s, Index taps) { return s.dilation < 64 ? 1 : taps; }
+
+// ---- Forward ---------------------------------------------------------------------------------------------------------
+
 template <class T>
-struct ForwardContext {
+struct ForwardTask {
     const CausalConvForward<T>& p;
-    Index columns, tiles, taps;
+    Tiling tiling;
+    Index taps;
     const T* packed;
-    T* panels;
+    T* panels;  // one per worker
     Index panel_stride;
 
-    static void run(const void* context, Index task, int worker) {
-        const ForwardContext& c = *static_cast<const ForwardContext*>(context);
-        const ConvShape& s = c.p.shape;
-        const Index batch = task / c.tiles, t0 = task % c.tiles * c.columns;
-        const Index n = min(c.columns, s.length - t0);
-        const Index live = live_taps(s, t0 + n - 1);
-        const Panel<T> panel = fill_panel(c.panels + worker * c.panel_stride, s, Reach::left, live, s.in_channels, batch,
-                                          t0, n, CopyRows<T>{c.p.x});
-        multiply_panel(c.packed, c.taps, c.p.bias, panel, s.out_channels, s.in_channels, n,
-                       WriteForward<T>{c.p, batch, t0});
+    void operator()(Index tile, int worker) const {
+        const ConvShape& s = p.shape;
+        const Index batch = tile / tiling.per_sample, t0 = tile % tiling.per_sample * tiling.columns;
+        const Index n = min(tiling.columns, s.length - t0);
+        const Panel<T> panel = fill_panel(panels + worker * panel_stride, s, Reach::left, live_taps(s, t0 + n - 1),
+                                          s.in_channels, batch, t0, n, CopyRows<T>{p.x});
+        multiply_panel(packed, taps, p.bias, panel, s.out_channels, s.in_channels, n, WriteForward<T>{p, batch, t0});
     }
+
+    static void run(const void* task, Index tile, int worker) { (*static_cast<const ForwardTask*>(task))(tile, worker); }
 };
 
 template <class T>
@@ -358,206 +417,281 @@ void forward(const CausalConvForward<T>& p) {
     if (s.batch == 0 || s.length == 0 || s.out_channels == 0) return;
     const int workers = worker_count(s, p.threads);
     const Index taps = live_taps(s, s.length - 1);
-    const Index row_bytes = s.in_channels * static_cast<Index>(sizeof(T));
-    // Bytes of a panel per column of the tile: taps that lie apart have columns of their own.
-    const Index columns = tile_columns<T>(s, row_bytes * (s.dilation < 64 ? 1 : taps), panel_bytes, 2 * workers);
-    const Index tiles = divide_up(s.length, columns);
-    const Index panel_stride = aligned<T>(s.in_channels * panel_width<T>(s, taps, columns));
+    const Index column_bytes = s.in_channels * windows(s, taps) * static_cast<Index>(sizeof(T));
+    const Tiling tiling = cut_time<T>(s, column_bytes, panel_bytes, tile_columns<T>, 8 * workers);
+    const Index panel_stride = aligned<T>(s.in_channels * panel_width<T>(s, taps, tiling.columns));
     const Index weights = aligned<T>(s.out_channels * s.in_channels * taps);
     const Scratch scratch(static_cast<std::size_t>(weights + workers * panel_stride) * sizeof(T));
     T* packed = static_cast<T*>(scratch.data());
     pack_weights(packed, p.weight, s.out_channels, s.in_channels * s.kernel_size, s.in_channels, s.kernel_size,
                  s.kernel_size, taps);
-    const ForwardContext<T> context{p, columns, tiles, taps, packed, packed + weights, panel_stride};
-    parallel_tasks(s.batch * tiles, workers, ForwardContext<T>::run, &context);
+    const ForwardTask<T> task{p, tiling, taps, packed, packed + weights, panel_stride};
+    parallel_tasks(s.batch * tiling.per_sample, workers, ForwardTask<T>::run, &task);
 }
 
 // ---- Backward --------------------------------------------------------------------------------------------------------
 
+// What a group of samples contributes to grad_weight at one tile [t0, t0 + n) of time. dz lies in a panel, sample after
+// sample and padded with zeros to whole vectors; x is read where it is, from the first sample that tap j sees:
+//
+//     dz  row o  [ sample 0: n columns, 0.. | sample 1 | ... ]  dz_stride
 template <class T>
-struct TilePanels {
-    Panel<T> dz, x;
-    Index columns;  // whole vectors
+struct Group {
+    const T* dz;
+    Index dz_stride, dz_columns;  // of a row, and of a sample in it
+    View3<const T> x;             // starts at the group's first sample
+    Index samples, t0, n, live;   // live taps
 };
 
-// grad_weight[o0 + a][c0 + b][tap j] += sum over the group's columns of dz[o0 + a] x[c0 + b].
+// out[b * out_stride + a] += the sum of the lanes folded in folded[a][b]. Not inlined, so that the lanes are read back from
+// memory: moving them between registers keeps the one shuffle port busy for longer.
 template <class T, int rows, int columns>
-void reduce_block(T* grad_weight, const ConvShape& s, const TilePanels<T>* tiles, Index tile_count, Index o0, Index c0,
-                  Index j) {
+__attribute__((noinline)) void add_folded(T* out, Index out_stride, const T (&folded)[rows][columns][folded_lanes<T>]) {
+#pragma GCC unroll 6
+    for (int b = 0; b < columns; ++b)
+#pragma GCC unroll 4
+        for (int a = 0; a < rows; ++a) {
+            const T* lane = folded[a][b];
+            T sum = lane[0] + lane[1];
+            if constexpr (folded_lanes<T> == 4) sum += lane[2] + lane[3];
+            out[b * out_stride + a] += sum;
+        }
+}
+
+// partial[j][c0 + b][o0 + a] += sum over the group of dz[o0 + a][t] x[c0 + b][t - j*dilation].
+template <class T, int rows, int columns>
+void reduce_block(T* partial, const ConvShape& s, const Group<T>& group, Index o0, Index c0, Index j) {
     constexpr int lanes = Vec<T>::lanes;
+    const Index shift = j * s.dilation;
+    const Index begin = max(0, shift - group.t0);  // of the tile, the first column that tap j sees data at
+    const Index first_whole = divide_up(begin, lanes) * lanes, end_whole = group.n / lanes * lanes;
+    const Index dz_stride = group.dz_stride, x_stride = group.x.channel_stride;
+    const T* dz = group.dz + o0 * dz_stride;
+    const T* x = group.x.data + c0 * x_stride + (group.t0 - shift);
     Vec<T> acc[rows][columns];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; ++a)
 #pragma GCC unroll 6
         for (int b = 0; b < columns; ++b) acc[a][b] = Vec<T>(T(0));
-    for (Index t = 0; t < tile_count; ++t) {
-        const TilePanels<T>& tile = tiles[t];
-        if (j >= tile.x.live) continue;
-        const Index dz_stride = tile.dz.width, x_stride = tile.x.width;
-        const T* dz = tile.dz.data + o0 * dz_stride;
-        const T* x = tile.x.data + c0 * x_stride + tile.x.tap0 + j * tile.x.tap_step;
-        for (Index i = 0; i < tile.columns; i += lanes) {
-            Vec<T> xv[columns];
+    // dz is read by whole aligned vectors, and x is zero in the lanes that do not count.
+    const auto accumulate = [&](Index i, auto load) __attribute__((always_inline)) {
+        Vec<T> xv[columns];
 #pragma GCC unroll 6
-            for (int b = 0; b < columns; ++b) xv[b] = Vec<T>::load(x + b * x_stride + i);
+        for (int b = 0; b < columns; ++b) xv[b] = load(x + b * x_stride + i);
 #pragma GCC unroll 4
-            for (int a = 0; a < rows; ++a) {
-                const Vec<T> d = Vec<T>::load(dz + a * dz_stride + i);
+        for (int a = 0; a < rows; ++a) {
+            const Vec<T> d = Vec<T>::load(dz + a * dz_stride + i);
 #pragma GCC unroll 6
-                for (int b = 0; b < columns; ++b) acc[a][b] = acc[a][b] + d * xv[b];
-            }
+            for (int b = 0; b < columns; ++b) acc[a][b] = acc[a][b] + d * xv[b];
         }
+    };
+    const auto partly = [&](Index i) __attribute__((always_inline)) {
+        const int low = static_cast<int>(max(0, begin - i)), high = static_cast<int>(min(lanes, group.n - i));
+        accumulate(i, [=](const T* p) { return Vec<T>::load_range(p, low, high); });
+    };
+    for (Index sample = 0; sample < group.samples; ++sample, dz += group.dz_columns, x += group.x.batch_stride) {
+        if (begin < first_whole) partly(first_whole - lanes);
+        for (Index i = first_whole; i < end_whole; i += lanes) accumulate(i, [](const T* p) { return Vec<T>::load(p); });
+        if (end_whole < group.n && first_whole <= end_whole) partly(end_whole);
     }
-    T* out = grad_weight + (o0 * s.in_channels + c0) * s.kernel_size + (s.kernel_size - 1 - j);
+    T folded[rows][columns][folded_lanes<T>];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; ++a)
 #pragma GCC unroll 6
-        for (int b = 0; b < columns; ++b) out[(a * s.in_channels + b) * s.kernel_size] += acc[a][b].sum();
+        for (int b = 0; b < columns; ++b) store_folded(folded[a][b], acc[a][b]);
+    add_folded<T, rows, columns>(partial + (j * s.in_channels + c0) * s.out_channels + o0, s.out_channels, folded);
 }
 
-template <class T, int rows>
-void reduce_rows(T* grad_weight, const ConvShape& s, const TilePanels<T>* tiles, Index tile_count, Index o0,
-                 Index live) {
-    int block = dot_columns;
-    for (Index c0 = 0; c0 < s.in_channels; c0 += block) {
-        const Index left = s.in_channels - c0;
-        block = left >= dot_columns ? dot_columns : left >= 4 && dot_columns > 4 ? 4 : left >= 2 ? 2 : 1;
-        for (Index j = 0; j < live; ++j) {
-            if (block == dot_columns)
-                reduce_block<T, rows, dot_columns>(grad_weight, s, tiles, tile_count, o0, c0, j);
-            else if (block == 4)
-                reduce_block<T, rows, 4>(grad_weight, s, tiles, tile_count, o0, c0, j);
-            else if (block == 2)
-                reduce_block<T, rows, 2>(grad_weight, s, tiles, tile_count, o0, c0, j);
-            else
-                reduce_block<T, rows, 1>(grad_weight, s, tiles, tile_count, o0, c0, j);
-        }
-    }
-}
-
-template <class T>
-void reduce_group(T* grad_weight, T* grad_bias, const ConvShape& s, const TilePanels<T>* tiles, Index tile_count) {
-    Index live = 0;
-    for (Index t = 0; t < tile_count; ++t) live = max(live, tiles[t].x.live);
+// All rows of dz against channels [c0, c0 + columns) of x at tap j, which stay in the first cache level.
+template <class T, int columns>
+void reduce_columns(T* partial, const ConvShape& s, const Group<T>& group, Index c0, Index j) {
     int block = dot_rows;
-    for (Index o0 = 0; grad_weight != nullptr && o0 < s.out_channels; o0 += block) {
+    for (Index o0 = 0; o0 < s.out_channels; o0 += block) {
         while (block > s.out_channels - o0) block /= 2;
         switch (block) {
-            case 4: reduce_rows<T, dot_rows>(grad_weight, s, tiles, tile_count, o0, live); break;
-            case 2: reduce_rows<T, 2>(grad_weight, s, tiles, tile_count, o0, live); break;
-            default: reduce_rows<T, 1>(grad_weight, s, tiles, tile_count, o0, live);
+            case 4: reduce_block<T, dot_rows, columns>(partial, s, group, o0, c0, j); break;
+            case 2: reduce_block<T, 2, columns>(partial, s, group, o0, c0, j); break;
+            default: reduce_block<T, 1, columns>(partial, s, group, o0, c0, j);
         }
-    }
-    for (Index o = 0; grad_bias != nullptr && o < s.out_channels; ++o) {
-        Vec<T> total(T(0));
-        for (Index t = 0; t < tile_count; ++t)
-            for (Index i = 0; i < tiles[t].columns; i += Vec<T>::lanes)
-                total = total + Vec<T>::load(tiles[t].dz.data + o * tiles[t].dz.width + i);
-        grad_bias[o] += total.sum();
     }
 }
 
 template <class T>
-struct BackwardContext {
-    const CausalConvBackward<T>& p;
-    Index columns, tiles, groups, chunks, max_group_tiles, taps;
-    const T* packed;                             // W^T, or null without grad_x
-    T* panels;                                   // per worker: the panels of a group
-    Index panels_stride, dz_stride, x_stride;    // per worker; per tile
-    TilePanels<T>* tile_panels;                  // per worker: max_group_tiles
-    T* partial;                                  // per chunk: grad_weight then grad_bias
-    Index partial_stride;
-
-    Index group_begin(Index group) const { return group * (p.shape.batch * tiles) / groups; }
-
-    void run_group(Index group, int worker, T* grad_weight, T* grad_bias) const {
-        const ConvShape& s = p.shape;
-        T* memory = panels + worker * panels_stride;
-        TilePanels<T>* tile = tile_panels + worker * max_group_tiles;
-        const Index begin = group_begin(group), end = group_begin(group + 1);
-        const bool needs_x = p.grad_weight != nullptr;
-        for (Index k = begin; k < end; ++k, ++tile, memory += dz_stride + x_stride) {
-            const Index batch = k / tiles, t0 = k % tiles * columns;
-            const Index n = min(columns, s.length - t0);
-            const Index future = p.grad_x == nullptr ? 1 : live_taps(s, s.length - 1 - t0);
-            tile->columns = round_up_to_vector<T>(n);
-            tile->dz = fill_panel(memory, s, Reach::right, future, s.out_channels, batch, t0, n,
-                                  DifferentiateRows<T>{p.grad_y, p.h, p.activation, p.negative_slope});
-            tile->x = fill_panel(memory + dz_stride, s, Reach::left, needs_x ? live_taps(s, t0 + n - 1) : 0,
-                                 needs_x ? s.in_channels : 0, batch, t0, n, CopyRows<T>{p.x});
-            if (p.grad_x != nullptr)
-                multiply_panel<T>(packed, taps, nullptr, tile->dz, s.in_channels, s.out_channels, n,
-                                  WriteGradX<T>{p, batch, t0});
+void reduce_weights(T* partial, const ConvShape& s, const Group<T>& group) {
+    for (Index j = 0; j < group.live; ++j) {
+        for (Index c0 = 0; c0 < s.in_channels;) {
+            const Index left = s.in_channels - c0;
+            if (left >= dot_columns) {
+                reduce_columns<T, dot_columns>(partial, s, group, c0, j);
+                c0 += dot_columns;
+            } else if (left >= 4) {
+                reduce_columns<T, 4>(partial, s, group, c0, j);
+                c0 += 4;
+            } else if (left >= 2) {
+                reduce_columns<T, 2>(partial, s, group, c0, j);
+                c0 += 2;
+            } else {
+                reduce_columns<T, 1>(partial, s, group, c0, j);
+                c0 += 1;
+            }
         }
-        reduce_group(grad_weight, grad_bias, s, tile_panels + worker * max_group_tiles, end - begin);
+    }
+}
+
+template <class T>
+void reduce_bias(T* grad_bias, const ConvShape& s, const Group<T>& group) {
+    for (Index o = 0; o < s.out_channels; ++o) {
+        Vec<T> total(T(0));
+        for (Index i = 0; i < group.samples * group.dz_columns; i += Vec<T>::lanes)
+            total = total + Vec<T>::load(group.dz + o * group.dz_stride + i);
+        T folded[1][1][folded_lanes<T>];
+        store_folded(folded[0][0], total);
+        add_folded<T, 1, 1>(grad_bias + o, 0, folded);
+    }
+}
+
+// The two loops of the backward: over chunks for grad_weight and grad_bias, over tiles for grad_x.
+template <class T>
+struct BackwardTask {
+    const CausalConvBackward<T>& p;
+    DifferentiateRows<T> dz_rows;
+    T* memory = nullptr;  // per worker: panels of a group, or of one tile of grad_x
+    Index memory_stride = 0;
+
+    Tiling group_tiling{};
+    Index batch_parts = 0, chunks = 0;
+    Index group_stride = 0;  // columns of a row
+    T* partial = nullptr;    // per chunk: grad_weight as [tap][in channel][out channel], then grad_bias
+    Index partial_stride = 0, weights = 0;
+
+    Tiling grad_x_tiling{};
+    Index taps = 0;
+    const T* packed = nullptr;  // W^T
+
+    void reduce(Index chunk, int worker) const {
+        const ConvShape& s = p.shape;
+        T* out = partial + chunk * partial_stride;
+        clear(out, partial_stride);
+        const Index groups = batch_parts * group_tiling.per_sample;
+        for (Index k = chunk * groups / chunks; k < (chunk + 1) * groups / chunks; ++k) {
+            const Index part = k / group_tiling.per_sample, t0 = k % group_tiling.per_sample * group_tiling.columns;
+            const Group<T> group = fill_group(memory + worker * memory_stride, part * s.batch / batch_parts,
+                                              (part + 1) * s.batch / batch_parts, t0);
+            if (p.grad_weight != nullptr) reduce_weights(out, s, group);
+            if (p.grad_bias != nullptr) reduce_bias(out + weights, s, group);
+        }
     }
 
-    static void run_chunk(const void* context, Index chunk, int worker) {
-        const BackwardContext& c = *static_cast<const BackwardContext*>(context);
-        T* partial = c.partial + chunk * c.partial_stride;
-        if (c.partial_stride > 0) std::memset(partial, 0, static_cast<std::size_t>(c.partial_stride) * sizeof(T));
-        T* grad_weight = c.p.grad_weight == nullptr ? nullptr : partial;
-        const ConvShape& s = c.p.shape;
-        const Index weights = grad_weight == nullptr ? 0 : s.out_channels * s.in_channels * s.kernel_size;
-        T* grad_bias = c.p.grad_bias == nullptr ? nullptr : partial + weights;
-        for (Index g = chunk * c.groups / c.chunks; g < (chunk + 1) * c.groups / c.chunks; ++g)
-            c.run_group(g, worker, grad_weight, grad_bias);
+    Group<T> fill_group(T* dz, Index first, Index last, Index t0) const {
+        const ConvShape& s = p.shape;
+        const Index n = min(group_tiling.columns, s.length - t0), columns = round_up_to_vector<T>(n);
+        for (Index batch = first; batch < last; ++batch) {
+            for (Index o = 0; o < s.out_channels; ++o) {
+                T* out = dz + o * group_stride + (batch - first) * columns;
+                dz_rows(out, batch, o, t0, n);
+                clear(out + n, columns - n);
+            }
+        }
+        View3<const T> x = p.x;
+        x.data += first * x.batch_stride;
+        return {dz, group_stride, columns, x, last - first, t0, n, live_taps(s, t0 + n - 1)};
+    }
+
+    void propagate(Index tile, int worker) const {
+        const ConvShape& s = p.shape;
+        const Index batch = tile / grad_x_tiling.per_sample;
+        const Index t0 = tile % grad_x_tiling.per_sample * grad_x_tiling.columns;
+        const Index n = min(grad_x_tiling.columns, s.length - t0);
+        const Panel<T> panel =
+            fill_panel(memory + worker * memory_stride, s, Reach::right, live_taps(s, s.length - 1 - t0),
+                       s.out_channels, batch, t0, n, dz_rows);
+        multiply_panel<T>(packed, taps, nullptr, panel, s.in_channels, s.out_channels, n, WriteGradX<T>{p, batch, t0});
+    }
+
+    // Sums the partial gradients of one vector of output channels, in the order of the chunks, into the layout of weight.
+    void finish(Index block) const {
+        const ConvShape& s = p.shape;
+        const Index o0 = block * Vec<T>::lanes;
+        const int n = static_cast<int>(min(Vec<T>::lanes, s.out_channels - o0));
+        const auto sum = [&](Index offset) {
+            Vec<T> total(T(0));
+            for (Index chunk = 0; chunk < chunks; ++chunk)
+                total = total + Vec<T>::load_first(partial + chunk * partial_stride + offset + o0, n);
+            return total;
+        };
+        alignas(64) T lane[Vec<T>::lanes];
+        for (Index c = 0; p.grad_weight != nullptr && c < s.in_channels; ++c) {
+            for (Index j = 0; j < s.kernel_size; ++j) {
+                (j < taps ? sum((j * s.in_channels + c) * s.out_channels) : Vec<T>(T(0))).store(lane);
+                T* out = p.grad_weight + (o0 * s.in_channels + c) * s.kernel_size + (s.kernel_size - 1 - j);
+                for (int a = 0; a < n; ++a) out[a * s.in_channels * s.kernel_size] = lane[a];
+            }
+        }
+        if (p.grad_bias != nullptr) sum(weights).store_first(p.grad_bias + o0, n);
+    }
+
+    static void run_reduce(const void* task, Index chunk, int worker) {
+        static_cast<const BackwardTask*>(task)->reduce(chunk, worker);
+    }
+    static void run_finish(const void* task, Index block, int) { static_cast<const BackwardTask*>(task)->finish(block); }
+    static void run_propagate(const void* task, Index tile, int worker) {
+        static_cast<const BackwardTask*>(task)->propagate(tile, worker);
     }
 };
-
-// out = sum of the partials, in the order of the chunks.
-template <class T>
-void sum_partials(T* out, const T* partial, Index stride, Index chunks, Index count) {
-    std::memcpy(out, partial, static_cast<std::size_t>(count) * sizeof(T));
-    for (Index chunk = 1; chunk < chunks; ++chunk)
-        for (Index i = 0; i < count; ++i) out[i] += partial[chunk * stride + i];
-}
 
 template <class T>
 void backward(const CausalConvBackward<T>& p) {
     const ConvShape& s = p.shape;
-    const Index weights = p.grad_weight == nullptr ? 0 : s.out_channels * s.in_channels * s.kernel_size;
-    const Index biases = p.grad_bias == nullptr ? 0 : s.out_channels;
     if (s.batch == 0 || s.length == 0 || s.out_channels == 0) {
-        if (weights > 0) std::memset(p.grad_weight, 0, static_cast<std::size_t>(weights) * sizeof(T));
-        if (biases > 0) std::memset(p.grad_bias, 0, static_cast<std::size_t>(biases) * sizeof(T));
+        if (p.grad_weight != nullptr) clear(p.grad_weight, s.out_channels * s.in_channels * s.kernel_size);
+        if (p.grad_bias != nullptr) clear(p.grad_bias, s.out_channels);
         return;
     }
     const int workers = worker_count(s, p.threads);
     const Index taps = live_taps(s, s.length - 1);
-    const Index row_bytes = (s.in_channels + s.out_channels) * static_cast<Index>(sizeof(T));
-    BackwardContext<T> c{p, 0, 0, 0, 0, 0, taps, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, 0};
-    c.columns = tile_columns<T>(s, row_bytes * (s.dilation < 64 ? 1 : taps), group_bytes, 8);
-    c.tiles = divide_up(s.length, c.columns);
-    const Index width = panel_width<T>(s, taps, c.columns);
-    c.dz_stride = aligned<T>(s.out_channels * (p.grad_x == nullptr ? c.columns : width));
-    c.x_stride = p.grad_weight == nullptr ? 0 : aligned<T>(s.in_channels * width);
-    const Index total = s.batch * c.tiles;
-    const Index tile_bytes = (c.dz_stride + c.x_stride) * static_cast<Index>(sizeof(T));
-    const Index per_group = max(1, min(group_bytes / max(1, tile_bytes), group_columns / c.columns));
-    // An even number of groups keeps two workers, or any power of two of them, equally busy.
-    c.groups = min(total, divide_up(divide_up(total, per_group), 4) * 4);
-    c.max_group_tiles = divide_up(total, c.groups);
-    c.chunks = min(c.groups, max_chunks);
-    c.panels_stride = c.max_group_tiles * (c.dz_stride + c.x_stride);
-    c.partial_stride = weights + biases;
-    const Index packed = p.grad_x == nullptr ? 0 : aligned<T>(s.out_channels * s.in_channels * taps);
-    const std::size_t elements =
-        static_cast<std::size_t>(packed + workers * c.panels_stride + aligned<T>(c.chunks * c.partial_stride));
-    const std::size_t lists = static_cast<std::size_t>(workers * c.max_group_tiles) * sizeof(TilePanels<T>);
-    const Scratch scratch(elements * sizeof(T) + lists);
-    T* memory = static_cast<T*>(scratch.data());
+    constexpr Index size = sizeof(T);
+    const Index weights = p.grad_weight == nullptr ? 0 : s.out_channels * s.in_channels * taps;
+    BackwardTask<T> task{p, {p.grad_y, p.h, p.activation, p.negative_slope}};
+    task.taps = taps;
+    task.weights = weights;
+    task.partial_stride = weights + (p.grad_bias == nullptr ? 0 : s.out_channels);
+
+    Index group_elements = 0, grad_x_elements = 0, packed = 0;
+    if (task.partial_stride > 0) {
+        const Index column_bytes = (s.out_channels + s.in_channels) * size;  // dz in its panel, x where it is
+        task.group_tiling = cut_time<T>(s, column_bytes, group_bytes, group_columns, 2);
+        const Index columns = task.group_tiling.columns;
+        const Index per_group = max(1, min(group_columns, group_bytes / column_bytes) / columns);
+        task.batch_parts = divide_up(s.batch, per_group);
+        // An even number of groups gives two workers equal shares.
+        if (task.group_tiling.per_sample == 1 && task.batch_parts % 2 == 1 && task.batch_parts < s.batch)
+            ++task.batch_parts;
+        task.chunks = min(task.batch_parts * task.group_tiling.per_sample, max_chunks);
+        // A stride of a power of two would put all rows into the same few sets of the cache.
+        task.group_stride = divide_up(s.batch, task.batch_parts) * columns + Vec<T>::lanes;
+        group_elements = aligned<T>(s.out_channels * task.group_stride);
+    }
     if (p.grad_x != nullptr) {
+        task.grad_x_tiling =
+            cut_time<T>(s, s.out_channels * windows(s, taps) * size, panel_bytes, tile_columns<T>, 8 * workers);
+        grad_x_elements = aligned<T>(s.out_channels * panel_width<T>(s, taps, task.grad_x_tiling.columns));
+        packed = aligned<T>(s.out_channels * s.in_channels * taps);
+    }
+    task.memory_stride = max(group_elements, grad_x_elements);
+    const Scratch scratch(
+        static_cast<std::size_t>(packed + workers * task.memory_stride + task.chunks * task.partial_stride) * sizeof(T));
+    T* memory = static_cast<T*>(scratch.data());
+    if (p.grad_x != nullptr)
         pack_weights(memory, p.weight, s.in_channels, s.kernel_size, s.out_channels, s.in_channels * s.kernel_size,
                      s.kernel_size, taps);
-        c.packed = memory;
-    }
-    c.panels = memory + packed;
-    c.partial = c.panels + workers * c.panels_stride;
-    c.tile_panels = reinterpret_cast<TilePanels<T>*>(memory + elements);
-    parallel_tasks(c.chunks, workers, BackwardContext<T>::run_chunk, &c);
-    if (weights > 0) sum_partials(p.grad_weight, c.partial, c.partial_stride, c.chunks, weights);
-    if (biases > 0) sum_partials(p.grad_bias, c.partial + weights, c.partial_stride, c.chunks, biases);
+    task.packed = memory;
+    task.memory = memory + packed;
+    task.partial = task.memory + workers * task.memory_stride;
+    const Index grad_x_tiles = p.grad_x == nullptr ? 0 : s.batch * task.grad_x_tiling.per_sample;
+    parallel_tasks(task.chunks, workers, BackwardTask<T>::run_reduce, &task);
+    parallel_tasks(grad_x_tiles, workers, BackwardTask<T>::run_propagate, &task);
+    parallel_tasks(task.chunks == 0 ? 0 : divide_up(s.out_channels, Vec<T>::lanes), workers, BackwardTask<T>::run_finish,
+                   &task);
 }
 
 }  // namespace

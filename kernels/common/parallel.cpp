@@ -1,5 +1,6 @@
 #include "common/parallel.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -22,6 +23,9 @@ std::atomic<bool> forked{false};
     pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 #endif
 
+#ifdef _OPENMP
+constexpr int max_workers = 256;
+#endif
 constexpr std::size_t kept_bytes = std::size_t{16} << 20;
 
 struct KeptBlock {
@@ -43,7 +47,7 @@ void* allocate(std::size_t bytes) {
 
 int usable_threads(int threads) {
 #ifdef _OPENMP
-    if (threads > 1 && !forked.load(std::memory_order_relaxed)) return threads;
+    if (threads > 1 && !forked.load(std::memory_order_relaxed)) return std::min(threads, max_workers);
 #endif
     (void)threads;
     return 1;
@@ -57,20 +61,40 @@ bool has_openmp() {
 #endif
 }
 
-void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* context) {
-    int workers = usable_threads(threads);
-    if (workers > tasks) workers = static_cast<int>(tasks);
 #ifdef _OPENMP
+namespace {
+
+// Tasks of one worker that are still to be handed out, on a cache line of its own.
+struct alignas(64) Share {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t end = 0;
+};
+
+}  // namespace
+#endif
+
+void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* context) {
+#ifdef _OPENMP
+    const int workers = static_cast<int>(std::min<std::int64_t>(usable_threads(threads), tasks));
     if (workers > 1) {
-        std::atomic<std::int64_t> next{0};
+        Share shares[max_workers];
+        for (int w = 0; w < workers; ++w) {
+            shares[w].next = tasks * w / workers;
+            shares[w].end = tasks * (w + 1) / workers;
+        }
 #pragma omp parallel num_threads(workers)
         {
             const int worker = omp_get_thread_num();
-            for (std::int64_t task = next++; task < tasks; task = next++) body(context, task, worker);
+            for (int i = 0; i < workers; ++i) {  // its own share first, then what others have left
+                Share& share = shares[(worker + i) % workers];
+                for (std::int64_t task = share.next++; task < share.end; task = share.next++)
+                    body(context, task, worker);
+            }
         }
         return;
     }
 #endif
+    (void)threads;
     for (std::int64_t task = 0; task < tasks; ++task) body(context, task, 0);
 }
 

@@ -7,9 +7,10 @@
 namespace pk {
 
 // Calls body(context, task, worker) for every task in [0, tasks), on at most `threads` workers numbered from 0.
-// Tasks are handed out as workers become free, so a result must not depend on which worker computes it. Runs on the
-// calling thread alone when threads <= 1, and in a process forked from one that had already run in parallel (the
-// OpenMP runtime's workers do not survive a fork). `body` must not throw.
+// Each worker starts with an equal run of consecutive tasks, so that operators that follow one another find in their
+// own core's cache what they left there, and then takes over what others have not started: a result must not depend on
+// which worker computes it. Runs on the calling thread alone when threads <= 1, and in a process forked from another
+// (the OpenMP runtime's workers do not survive a fork). `body` must not throw.
 using TaskBody = void (*)(const void* context, std::int64_t task, int worker);
 void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* context);
 

@@ -13,12 +13,20 @@
 #if defined(PK_PLAIN)
 #define PK_VECTOR_BYTES 16
 #elif defined(__AVX512F__)
-#include <immintrin.h>
 #define PK_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define PK_VECTOR_BYTES 32
 #else
 #define PK_VECTOR_BYTES 16
+#endif
+
+#if PK_VECTOR_BYTES > 16
+// gcc 12 takes the deliberately undefined operands inside its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define PK_INLINE inline __attribute__((always_inline))
@@ -75,21 +83,24 @@ struct Vec {
     }
     PK_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof v); }
 
-    // The first n lanes, 0 < n <= lanes; the others read as zero and are not written.
-    static PK_INLINE Vec load_first(const T* p, int n) {
+    // Lanes [low, high); the others read as zero, and their memory is not touched.
+    static PK_INLINE Vec load_range(const T* p, int low, int high) {
 #if defined(__AVX512F__) && !defined(PK_PLAIN)
+        const unsigned mask = ((1u << high) - 1u) & ~((1u << low) - 1u);
         Vec r;
         if constexpr (sizeof(T) == 4)
-            r.v = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+            r.v = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
         else
-            r.v = _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p);
+            r.v = _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
         return r;
 #else
         T lane[lanes] = {};
-        for (int i = 0; i < n; ++i) lane[i] = p[i];
+        for (int i = low; i < high; ++i) lane[i] = p[i];
         return load(lane);
 #endif
     }
+    // The first n lanes, 0 < n <= lanes; the others read as zero and are not written.
+    static PK_INLINE Vec load_first(const T* p, int n) { return load_range(p, 0, n); }
     PK_INLINE void store_first(T* p, int n) const {
 #if defined(__AVX512F__) && !defined(PK_PLAIN)
         if constexpr (sizeof(T) == 4)
@@ -101,17 +112,6 @@ struct Vec {
         store(lane);
         for (int i = 0; i < n; ++i) p[i] = lane[i];
 #endif
-    }
-
-    // Sum of all lanes, always in the same order: halves are added until four lanes are left, then from the left.
-    PK_INLINE T sum() const {
-        T lane[lanes];
-        store(lane);
-        for (int half = lanes / 2; half >= 4; half /= 2)
-            for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-        T total = lane[0];
-        for (int i = 1; i < (lanes < 4 ? lanes : 4); ++i) total += lane[i];
-        return total;
     }
 };
 
@@ -135,6 +135,31 @@ PK_LANEWISE(-)
 PK_LANEWISE(*)
 PK_LANEWISE(/)
 #undef PK_LANEWISE
+
+// Adds the halves of x until sixteen bytes are left, and stores those: the first part of the sum of all lanes.
+template <class T>
+constexpr int folded_lanes = 16 / static_cast<int>(sizeof(T));
+
+PK_INLINE void store_folded(float* p, Vec<float> x) {
+#if PK_VECTOR_BYTES == 64
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif PK_VECTOR_BYTES == 32
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1)));
+#else
+    x.store(p);
+#endif
+}
+PK_INLINE void store_folded(double* p, Vec<double> x) {
+#if PK_VECTOR_BYTES == 64
+    const __m256d half = _mm256_add_pd(_mm512_castpd512_pd256(x.v), _mm512_extractf64x4_pd(x.v, 1));
+    _mm_storeu_pd(p, _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1)));
+#elif PK_VECTOR_BYTES == 32
+    _mm_storeu_pd(p, _mm_add_pd(_mm256_castpd256_pd128(x.v), _mm256_extractf128_pd(x.v, 1)));
+#else
+    x.store(p);
+#endif
+}
 
 // x <= bound ? yes : no, lane by lane; NaN takes `no`.
 template <class T>

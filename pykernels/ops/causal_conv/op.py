@@ -151,7 +151,8 @@ def _backward_cpu(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert _native.cpu is not None
-    x, weight, grad_y = _plain(x), _plain(weight).contiguous(), _plain(grad_y)
+    weight, grad_y = _plain(weight).contiguous(), _plain(grad_y)
+    x, x_strides = _rows(x)
     gradients = _gradients_like(x, weight, need_x, need_weight, need_bias)
     shape = (x.shape[0], weight.shape[0], x.shape[2])
     if activated is None and activation != "none":
@@ -167,7 +168,7 @@ def _backward_cpu(
         _address(h, shape, x.dtype, "activated"),
         h.stride(),
         x.data_ptr(),
-        x.stride(),
+        x_strides,
         _address(weight, weight.shape, x.dtype, "weight"),
         gradients[0].data_ptr() if need_x else 0,
         gradients[1].data_ptr() if need_weight else 0,
