@@ -36,6 +36,7 @@ help:
 
 demo:
 	$(setup) demo
+	@mkdir -p out
 	"$(env)/bin/pykernels" reproduce usrl --dataset GunPoint --k 5 --compare --picture out/gunpoint.png $(ARGS)
 
 # From tests/ and with -P, so that the installed package is tested and not the source tree.
