@@ -33,9 +33,11 @@ def require(module: str, package: str, extra: str, purpose: str) -> ModuleType:
     Raises:
         MissingExtraError: if the package is not installed. A package that is there but broken raises its own error.
     """
+    root = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        importlib.import_module(root)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if error.name != root:
             raise
         raise MissingExtraError(package, extra, purpose) from error
+    return importlib.import_module(module)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pykernels.models._compare import StepTimes
 
 OPTIONAL_PACKAGES = ("scikit-learn", "safetensors", "tqdm", "aeon", "matplotlib")
+DEFAULT_K = 5
 PUBLISHED_COMBINATION = {"ucr": (1, 2, 5, 10), "uea": (5, 10, 20)}
 
 
@@ -76,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a published system", description=_train.__doc__)
     train.add_argument("system", choices=["usrl"], metavar="SYSTEM", help="usrl")
     _add_data_arguments(train)
-    train.add_argument("--k", type=_positive, default=5, metavar="K", help="negatives per series (default: 5)")
+    train.add_argument(
+        "--k", type=_positive, default=DEFAULT_K, metavar="K", help=f"negatives per series (default: {DEFAULT_K})"
+    )
     train.add_argument("--seed", type=_seed, default=0, metavar="S", help="random seed (default: 0)")
     train.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     _add_training_arguments(train)
@@ -88,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("system", choices=["usrl"], metavar="SYSTEM", help="usrl")
     _add_data_arguments(reproduce)
     which = reproduce.add_mutually_exclusive_group()
-    which.add_argument("--k", type=_positive, default=5, metavar="K", help="negatives per series (default: 5)")
+    # No default here: argparse could not tell it from the same number on the command line, beside --combined.
+    which.add_argument("--k", type=_positive, metavar="K", help=f"negatives per series (default: {DEFAULT_K})")
     which.add_argument(
         "--combined", action="store_true", help="one encoder for each published K, features concatenated"
     )
@@ -253,12 +257,13 @@ def _reproduce(args: argparse.Namespace) -> int:
         _check_output(args.picture, "--picture")
         check_format(args.picture.suffix)
     data = _load(args)
-    from pykernels.models.published import archive
     from pykernels.models.usrl import USRLClassifier, published_steps
 
-    negatives = PUBLISHED_COMBINATION[archive(data.name) or "ucr"] if args.combined else (args.k,)
+    archive = "ucr" if data.X_train.shape[1] == 1 else "uea"
+    negatives = PUBLISHED_COMBINATION[archive] if args.combined else (args.k or DEFAULT_K,)
     steps = [args.steps or published_steps(k) for k in negatives]
-    published = _published(data.name, "ours_combined" if args.combined else f"ours_K{args.k}")
+    column = "ours_combined" if args.combined else f"ours_K{negatives[0]}"
+    published = _published(data.name, column, archive)
 
     def say(text: str) -> None:
         if not args.json:
@@ -284,7 +289,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         )
         first = first or model
     mean = statistics.fmean(accuracies)
-    say(_verdict(mean, published, args.seeds, args.combined, args.k))
+    say(_verdict(mean, published, args.seeds, column))
 
     comparisons = _compare(data, negatives, args) if args.compare else []
     for times in comparisons:
@@ -337,19 +342,19 @@ def _load(args: argparse.Namespace) -> Dataset:
     return load(args.dataset, args.folder)
 
 
-def _published(dataset: str, column: str) -> float | None:
+def _published(dataset: str, column: str, archive: str) -> float | None:
     from pykernels.models.published import published_accuracy
 
     try:
-        return published_accuracy(dataset, column)
+        return published_accuracy(dataset, column, archive)
     except ValueError:  # a K that was not published
         return None
 
 
-def _verdict(mean: float, published: float | None, seeds: int, combined: bool, k: int) -> str:
+def _verdict(mean: float, published: float | None, seeds: int, column: str) -> str:
     text = f"mean test accuracy of {seeds} seed{'s' * (seeds > 1)}: {mean:.3f}"
     if published is None:
-        return f"{text}; none is published for {'the combination' if combined else f'K={k}'} on this data set"
+        return f"{text}; none is published for {column.removeprefix('ours_')} on this data set"
     return f"{text}, published: {published:.3f}, difference: {mean - published:+.3f}"
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Self, TypeAlias
@@ -33,9 +34,10 @@ from pykernels.nn import CausalCNNEncoder
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV, train_test_split
     from sklearn.svm import SVC
-    from sklearn.utils import check_random_state, column_or_1d
+    from sklearn.utils import assert_all_finite, check_random_state, column_or_1d
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted
 except ModuleNotFoundError as error:
@@ -62,7 +64,10 @@ Features: TypeAlias = npt.NDArray[np.floating[Any]]
 Indices: TypeAlias = npt.NDArray[np.int64]
 Encoder: TypeAlias = CausalCNNEncoder | PlainCausalCNNEncoder
 
-SVM_PENALTIES = (*(10.0**i for i in range(-4, 5)), float("inf"))
+# Stands for an infinite penalty: the same solution where classes can be separated with multipliers below it, and a
+# finite one where they cannot be, while SVC(C=inf) then raises an error.
+SVM_INFINITY = 1e10
+SVM_PENALTIES = (*(10.0**i for i in range(-4, 5)), SVM_INFINITY)
 SVM_SEARCH_CASES = 10_000
 SVM_MAX_ITERATIONS = 10_000_000
 ENCODING_BATCH = 50
@@ -233,7 +238,8 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
     The features are not scaled; ``gamma="scale"``. C is infinite when there are fewer than 50 cases, or fewer than 5
     per class on average. Otherwise it has the best mean accuracy over 5 stratified folds, not shuffled, among 10**i for
     i = -4, ..., 4 and infinity, the smallest of equals. Of more than 10 000 cases a stratified sample of 10 000 serves
-    for the search and, as in the published program, for the final fit.
+    for the search and, as in the published program, for the final fit. 1e10 stands for infinity, at
+    which scikit-learn fails on classes that cannot be separated.
 
     Args:
         features: shape (N, F).
@@ -243,20 +249,23 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
         The fitted SVM; ``.C`` is the chosen penalty.
     """
     n_cases = len(features)
-    svm = SVC(C=float("inf"), gamma="scale", max_iter=SVM_MAX_ITERATIONS)
+    svm = SVC(C=SVM_INFINITY, gamma="scale", max_iter=SVM_MAX_ITERATIONS)
     if n_cases // len(np.unique(labels)) < 5 or n_cases < 50:
         return svm.fit(features, labels)
     if n_cases > SVM_SEARCH_CASES:
         features, _, labels, _ = train_test_split(
             features, labels, train_size=SVM_SEARCH_CASES, random_state=0, stratify=labels
         )
-    search = GridSearchCV(svm, {"C": SVM_PENALTIES}, cv=5, refit=_smallest_best)
-    return search.fit(features, labels).best_estimator_
+    search = GridSearchCV(svm, {"C": SVM_PENALTIES}, cv=5, refit=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a candidate that does not converge is judged by its score
+        search.fit(features, labels)
+    best = _first_best(search.cv_results_["mean_test_score"])
+    return svm.set_params(C=SVM_PENALTIES[best]).fit(features, labels)
 
 
-def _smallest_best(results: dict[str, Any]) -> int:
-    """Index of the first candidate with the best mean score, where means that differ by rounding alone are equal."""
-    scores = np.asarray(results["mean_test_score"])
+def _first_best(scores: npt.NDArray[np.float64]) -> int:
+    """Index of the first of the best scores, where those that differ by rounding alone are equal."""
     return int(np.flatnonzero(scores >= scores.max() - 1e-9)[0])
 
 
@@ -380,6 +389,11 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         features: Features = torch.cat([encode(encoder, series) for encoder in self.encoders_], 1).numpy()
         return features
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
     @property
     def _n_features_out(self) -> int:
         return sum(encoder.linear.out_features for encoder in self.encoders_)
@@ -434,6 +448,7 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
         if y is None:
             raise InputError("USRLClassifier requires y to be passed, but the target y is None")
         labels = column_or_1d(y, warn=True)
+        assert_all_finite(labels, input_name="y")
         check_classification_targets(labels)
         _, dtype = _check_parameters(self)
         series = _check_series(X, dtype)
@@ -441,7 +456,7 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
             raise InputError(f"y has {len(labels)} labels, but X has {len(series)} cases")
         classes = np.unique(labels)
         if len(classes) < 2:
-            raise InputError(f"y has one class only, {classes[0]!r}; at least two are needed")
+            raise InputError(f"y has one class only, {classes[0]}; at least two are needed")
         self.classes_ = classes
         self.transformer_ = USRLTransformer(**self.get_params()).fit(X)
         self.svm_ = fit_svm(self.transformer_.transform(X), labels)
@@ -450,12 +465,14 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """Labels of series (cases, channels, time) or (cases, time), shape (cases,)."""
-        labels: npt.NDArray[Any] = self.svm_.predict(self._features(X))
+        features = self._features(X)
+        labels: npt.NDArray[Any] = self.svm_.predict(features)
         return labels
 
     def decision_function(self, X: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Confidence per class, as :meth:`sklearn.svm.SVC.decision_function`."""
-        values: npt.NDArray[np.float64] = self.svm_.decision_function(self._features(X))
+        features = self._features(X)
+        values: npt.NDArray[np.float64] = self.svm_.decision_function(features)
         return values
 
     def _features(self, X: npt.ArrayLike) -> Features:
@@ -523,12 +540,14 @@ def _check_series(X: npt.ArrayLike, dtype: torch.dtype) -> Tensor:
     except InputError:
         raise
     except (ValueError, TypeError) as error:
-        raise InputError(
+        kind = TypeError if isinstance(error, TypeError) else InputError
+        raise kind(
             f"X must be an array of numbers, of shape (cases, channels, time) or (cases, time) ({error})"
         ) from error
     if array.ndim not in (2, 3):
         raise InputError(
-            f"X must have shape (cases, channels, time), or (cases, time) for one channel, got {array.shape}"
+            f"X must have shape (cases, channels, time), or (cases, time) for one channel, got {array.shape}. "
+            "Reshape your data"
         )
     array = array if array.ndim == 3 else array[:, None]
     for axis, what in enumerate(("no cases", "no channels", "empty series")):

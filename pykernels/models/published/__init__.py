@@ -11,9 +11,9 @@ import csv
 from functools import cache
 from importlib.resources import files
 
-__all__ = ["archive", "published_accuracy"]
+__all__ = ["ARCHIVES", "published_accuracy"]
 
-_ARCHIVES = ("ucr", "uea")
+ARCHIVES = ("ucr", "uea")
 _NOT_FIGURES = ("dataset", "part", "note")
 
 
@@ -26,30 +26,27 @@ def _table(archive: str) -> dict[str, dict[str, str]]:
 @cache
 def _columns() -> frozenset[str]:
     return frozenset(
-        column for name in _ARCHIVES for column in next(iter(_table(name).values())) if column not in _NOT_FIGURES
+        column for name in ARCHIVES for column in next(iter(_table(name).values())) if column not in _NOT_FIGURES
     )
 
 
-def archive(dataset: str) -> str | None:
-    """``"ucr"`` or ``"uea"``, the table that has this data set, or None."""
-    return next((name for name in _ARCHIVES if dataset in _table(name)), None)
-
-
-def published_accuracy(dataset: str, column: str) -> float | None:
+def published_accuracy(dataset: str, column: str, archive: str = "ucr") -> float | None:
     """The published test accuracy, between 0 and 1.
 
     Args:
-        dataset: name in the UCR or UEA archive, for example ``"GunPoint"``.
+        dataset: name in the archive, for example ``"GunPoint"``.
         column: of the tables, for example ``"ours_K5"`` or ``"DTW"``.
+        archive: ``"ucr"`` for univariate or ``"uea"`` for multivariate data sets; both have a ``"Phoneme"``.
 
     Returns:
         The accuracy, or None where nothing was published.
 
     Raises:
-        ValueError: if no table has such a column.
+        ValueError: if no table has such a column, or there is no such archive.
     """
+    if archive not in ARCHIVES:
+        raise ValueError(f"archive must be one of {', '.join(ARCHIVES)}; got {archive!r}")
     if column not in _columns():
         raise ValueError(f"column must be one of {', '.join(sorted(_columns()))}; got {column!r}")
-    name = archive(dataset)
-    cell = _table(name)[dataset].get(column) if name is not None else None
+    cell = _table(archive).get(dataset, {}).get(column)
     return float(cell) if cell else None

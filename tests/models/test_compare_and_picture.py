@@ -1,0 +1,69 @@
+"""The timing beside plain PyTorch, and the picture of the features."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+import pykernels.models._compare as compare
+from pykernels.data import Dataset
+from pykernels.models._picture import check_format, features_picture
+
+
+def test_step_times(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    series = torch.randn((7, 1, 20), generator=torch.Generator().manual_seed(0))
+    times = compare.compare_step_times(series, 2, batch_size=4, steps=3)
+    assert (times.n_negatives, times.steps, times.threads) == (2, 3, 2)
+    assert times.plain_threads in (1, 2)
+    assert 0 < times.seconds < 60
+    assert 0 < times.plain_seconds < 60
+    assert times.ratio == times.plain_seconds / times.seconds
+    assert 0 <= times.output_error < 1e-5
+    assert threads[:6] == [1, 1, 1, 2, 2, 2]  # plain PyTorch is probed with each number of threads
+    assert threads[9:15] == [2, times.plain_threads] * 3  # then the two take turns
+    assert threads[-1] == 2
+
+
+def test_encoders_that_disagree_are_not_timed(monkeypatch):
+    class Wrong(compare.PlainCausalCNNEncoder):
+        def forward(self, x):
+            return super().forward(x) * 1.001
+
+    monkeypatch.setattr(compare, "PlainCausalCNNEncoder", Wrong)
+    with pytest.raises(RuntimeError, match=r"differ by 1\.0e-03"):
+        compare.compare_step_times(torch.ones((3, 1, 9)), 1, steps=1)
+
+
+def data_set(n_classes, channels=1):
+    rng = np.random.default_rng(0)
+    labels = np.array([f"c{i % n_classes}" for i in range(20)])
+    X = rng.normal(size=(20, channels, 15))
+    return Dataset("Toy", X, labels, X + 0.1, labels)
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "channels", "suffix", "start"),
+    [(2, 1, ".png", b"\x89PNG"), (12, 3, ".PDF", b"%PDF"), (3, 1, ".svg", b"<?xml")],
+)
+def test_picture(n_classes, channels, suffix, start):
+    pytest.importorskip("matplotlib")
+    check_format(suffix)
+    data = data_set(n_classes, channels)
+    features = data.X_train.reshape(20, -1)
+    picture = features_picture(data, features, features + 0.1, suffix, "a subtitle")
+    assert picture.startswith(start)
+    if suffix == ".svg":
+        text = picture.decode()
+        # Words are drawn as paths, each after a comment with its text.
+        for words in ("Toy: up to 5 training series", "class c2, test", "a subtitle", "sample"):
+            assert words in text
+
+
+def test_format_of_the_picture():
+    pytest.importorskip("matplotlib")
+    for suffix in (".xyz", ""):
+        with pytest.raises(ValueError, match=r"cannot have the format .*use \.png"):
+            check_format(suffix)
