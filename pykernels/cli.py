@@ -355,7 +355,8 @@ def _verdict(mean: float, published: float | None, seeds: int, column: str) -> s
     text = f"mean test accuracy of {seeds} seed{'s' * (seeds > 1)}: {mean:.3f}"
     if published is None:
         return f"{text}; none is published for {column.removeprefix('ours_')} on this data set"
-    return f"{text}, published: {published:.3f}, difference: {mean - published:+.3f}"
+    difference = round(mean, 3) - published + 0.0  # published with three decimals; + 0.0 makes of -0 a 0
+    return f"{text}, published: {published:.3f}, difference: {difference:+.3f}"
 
 
 def _compare(data: Dataset, negatives: Sequence[int], args: argparse.Namespace) -> list[StepTimes]:

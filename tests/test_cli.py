@@ -333,7 +333,7 @@ def test_only_the_models_need_scikit_learn():
 import sys
 sys.modules["sklearn"] = None
 import pykernels, pykernels.cli, pykernels.data
-assert not {"aeon", "matplotlib", "safetensors", "scipy", "tqdm"} & set(sys.modules)
+assert not {"aeon", "matplotlib", "safetensors", "scipy"} & set(sys.modules)
 try:
     import pykernels.models.usrl
 except ModuleNotFoundError as error:
