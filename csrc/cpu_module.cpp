@@ -3,13 +3,17 @@
 // checked the arguments; what is checked again here is what keeps every access inside the memory described.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "causal_conv/causal_conv.hpp"
+#include "causal_conv/weight_norm.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
 
@@ -75,13 +79,14 @@ void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides
 template <class T>
 void backward(const pk::ConvShape& shape, std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
               const Strides& h_strides, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
-              std::uintptr_t grad_x, std::uintptr_t grad_weight, std::uintptr_t grad_bias, pk::Activation activation,
-              double negative_slope, int threads) {
+              std::uintptr_t addend, const Strides& addend_strides, std::uintptr_t grad_x, std::uintptr_t grad_weight,
+              std::uintptr_t grad_bias, pk::Activation activation, double negative_slope, int threads) {
     const pk::CausalConvBackward<T> p{shape,
                                       view<const T>(grad_y, grad_y_strides),
                                       view<const T>(h, h_strides),
                                       view<const T>(x, x_strides),
                                       pointer<const T>(weight),
+                                      view<const T>(addend, addend_strides),
                                       pointer<T>(grad_x),
                                       pointer<T>(grad_weight),
                                       pointer<T>(grad_bias),
@@ -95,12 +100,46 @@ void backward(const pk::ConvShape& shape, std::uintptr_t grad_y, const Strides& 
 void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
                             std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
                             const Strides& h_strides, std::uintptr_t x, const Strides& x_strides,
-                            std::uintptr_t weight, std::uintptr_t grad_x, std::uintptr_t grad_weight,
-                            std::uintptr_t grad_bias, int activation, double negative_slope, int threads) {
-    if (std::get<2>(x_strides) != 1) throw std::invalid_argument("the time stride of x must be 1");
+                            std::uintptr_t weight, std::uintptr_t addend, const Strides& addend_strides,
+                            std::uintptr_t grad_x, std::uintptr_t grad_weight, std::uintptr_t grad_bias, int activation,
+                            double negative_slope, int threads) {
+    if (std::get<2>(x_strides) != 1 || (addend != 0 && std::get<2>(addend_strides) != 1))
+        throw std::invalid_argument("the time stride of x and of the addend must be 1");
     (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y, grad_y_strides,
-                                                     h, h_strides, x, x_strides, weight, grad_x, grad_weight, grad_bias,
-                                                     activation_from(activation), negative_slope, threads);
+                                                     h, h_strides, x, x_strides, weight, addend, addend_strides, grad_x,
+                                                     grad_weight, grad_bias, activation_from(activation), negative_slope, threads);
+}
+
+// Addresses and sizes of one weight, as the fields of WeightNormForward or WeightNormBackward.
+using WeightNormForwardRecord = std::array<std::uintptr_t, 5>;
+using WeightNormBackwardRecord = std::array<std::uintptr_t, 7>;
+
+template <class T>
+void weight_norm_forward_of(const std::vector<WeightNormForwardRecord>& records, int threads) {
+    std::vector<pk::WeightNormForward<T>> weights;
+    for (const auto& [v, g, w, rows, columns] : records)
+        weights.push_back({pointer<const T>(v), pointer<const T>(g), pointer<T>(w), static_cast<std::int64_t>(rows),
+                           static_cast<std::int64_t>(columns)});
+    const py::gil_scoped_release release;
+    pk::weight_norm_forward(weights.data(), static_cast<std::int64_t>(weights.size()), threads);
+}
+
+template <class T>
+void weight_norm_backward_of(const std::vector<WeightNormBackwardRecord>& records, int threads) {
+    std::vector<pk::WeightNormBackward<T>> weights;
+    for (const auto& [v, g, grad_w, grad_v, grad_g, rows, columns] : records)
+        weights.push_back({pointer<const T>(v), pointer<const T>(g), pointer<const T>(grad_w), pointer<T>(grad_v),
+                           pointer<T>(grad_g), static_cast<std::int64_t>(rows), static_cast<std::int64_t>(columns)});
+    const py::gil_scoped_release release;
+    pk::weight_norm_backward(weights.data(), static_cast<std::int64_t>(weights.size()), threads);
+}
+
+void weight_norm_forward(bool is_double, const std::vector<WeightNormForwardRecord>& records, int threads) {
+    (is_double ? weight_norm_forward_of<double> : weight_norm_forward_of<float>)(records, threads);
+}
+
+void weight_norm_backward(bool is_double, const std::vector<WeightNormBackwardRecord>& records, int threads) {
+    (is_double ? weight_norm_backward_of<double> : weight_norm_backward_of<float>)(records, threads);
 }
 
 // "x86_64_v3" is the C++ name; Python and the environment variable write x86-64-v3.
@@ -136,4 +175,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("has_openmp", &pk::has_openmp);
     m.def("causal_conv1d_forward", &causal_conv1d_forward);
     m.def("causal_conv1d_backward", &causal_conv1d_backward);
+    m.def("weight_norm_forward", &weight_norm_forward);
+    m.def("weight_norm_backward", &weight_norm_backward);
 }

@@ -1,21 +1,26 @@
 #include "causal_conv/causal_conv.hpp"
 
+#include "causal_conv/weight_norm.hpp"
+#include "common/dispatch.hpp"
+
 namespace pk {
 
-#define PK_DISPATCH(function, parameters)                              \
-    void function(const parameters& p) {                               \
-        using Kernel = void (*)(const parameters&);                    \
-        static constexpr Kernel kernels[] = {PK_FOR_EACH_ISA(PK_ENTRY)}; \
-        kernels[static_cast<int>(active_isa())](p);                    \
-    }
-#define PK_ENTRY(isa) isa::causal_conv_forward,
-PK_DISPATCH(causal_conv_forward, CausalConvForward<float>)
-PK_DISPATCH(causal_conv_forward, CausalConvForward<double>)
-#undef PK_ENTRY
-#define PK_ENTRY(isa) isa::causal_conv_backward,
-PK_DISPATCH(causal_conv_backward, CausalConvBackward<float>)
-PK_DISPATCH(causal_conv_backward, CausalConvBackward<double>)
-#undef PK_ENTRY
-#undef PK_DISPATCH
+void causal_conv_forward(const CausalConvForward<float>& p) { PK_CALL_ACTIVE(causal_conv_forward, (p)); }
+void causal_conv_forward(const CausalConvForward<double>& p) { PK_CALL_ACTIVE(causal_conv_forward, (p)); }
+void causal_conv_backward(const CausalConvBackward<float>& p) { PK_CALL_ACTIVE(causal_conv_backward, (p)); }
+void causal_conv_backward(const CausalConvBackward<double>& p) { PK_CALL_ACTIVE(causal_conv_backward, (p)); }
+
+void weight_norm_forward(const WeightNormForward<float>* weights, std::int64_t count, int threads) {
+    PK_CALL_ACTIVE(weight_norm_forward, (weights, count, threads));
+}
+void weight_norm_forward(const WeightNormForward<double>* weights, std::int64_t count, int threads) {
+    PK_CALL_ACTIVE(weight_norm_forward, (weights, count, threads));
+}
+void weight_norm_backward(const WeightNormBackward<float>* weights, std::int64_t count, int threads) {
+    PK_CALL_ACTIVE(weight_norm_backward, (weights, count, threads));
+}
+void weight_norm_backward(const WeightNormBackward<double>* weights, std::int64_t count, int threads) {
+    PK_CALL_ACTIVE(weight_norm_backward, (weights, count, threads));
+}
 
 }  // namespace pk

@@ -47,9 +47,10 @@ struct CausalConvBackward {
     View3<const T> h;  // ignored for Activation::none
     View3<const T> x;  // time_stride 1
     const T* weight;
-    T* grad_x;       // (B, C, T) contiguous or null
-    T* grad_weight;  // (O, C, K) contiguous or null
-    T* grad_bias;    // (O) or null
+    View3<const T> addend;  // (B, C, T), time_stride 1, added to grad_x, which it may be; or data null
+    T* grad_x;              // (B, C, T) contiguous or null
+    T* grad_weight;         // (O, C, K) contiguous or null
+    T* grad_bias;           // (O) or null
     Activation activation;
     T negative_slope;
     int threads;

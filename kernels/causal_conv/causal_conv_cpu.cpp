@@ -325,6 +325,23 @@ PK_INLINE void activate_tile(Vec<T> (&acc)[rows][columns], Activation activation
             acc[m][v] = select_le(acc[m][v], zero, relu ? zero : slope * acc[m][v], acc[m][v]);
 }
 
+// acc += the same rows and columns of `view`, unless that is null.
+template <class T, int rows, int columns>
+PK_INLINE void add_tile(Vec<T> (&acc)[rows][columns], const View3<const T>& view, Index batch, Index row, Index time,
+                        int last) {
+    constexpr int lanes = Vec<T>::lanes;
+    if (view.data == nullptr) return;
+    const T* p = view.data + batch * view.batch_stride + row * view.channel_stride + time;
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m, p += view.channel_stride) {
+#pragma GCC unroll 3
+        for (int v = 0; v < columns - 1; ++v) acc[m][v] = acc[m][v] + Vec<T>::load(p + v * lanes);
+        const T* end = p + (columns - 1) * lanes;
+        acc[m][columns - 1] =
+            acc[m][columns - 1] + (last == lanes ? Vec<T>::load(end) : Vec<T>::load_first(end, last));
+    }
+}
+
 template <class T>
 struct WriteForward {
     const CausalConvForward<T>& p;
@@ -332,23 +349,11 @@ struct WriteForward {
 
     template <int rows, int columns>
     PK_INLINE void operator()(Vec<T> (&acc)[rows][columns], Index row, Index column, int last) const {
-        constexpr int lanes = Vec<T>::lanes;
         activate_tile(acc, p.activation, Vec<T>(p.negative_slope));
         const Index offset = (batch * p.shape.out_channels + row) * p.shape.length + t0 + column;
         if (p.h != nullptr)
             for (int m = 0; m < rows; ++m) store_row(p.h + offset + m * p.shape.length, acc[m], last);
-        const View3<const T>& r = p.residual;
-        if (r.data != nullptr) {
-            const T* residual = r.data + batch * r.batch_stride + row * r.channel_stride + t0 + column;
-#pragma GCC unroll 8
-            for (int m = 0; m < rows; ++m, residual += r.channel_stride) {
-#pragma GCC unroll 3
-                for (int v = 0; v < columns - 1; ++v) acc[m][v] = acc[m][v] + Vec<T>::load(residual + v * lanes);
-                const T* end = residual + (columns - 1) * lanes;
-                acc[m][columns - 1] = acc[m][columns - 1] +
-                                      (last == lanes ? Vec<T>::load(end) : Vec<T>::load_first(end, last));
-            }
-        }
+        add_tile(acc, p.residual, batch, row, t0 + column, last);
 #pragma GCC unroll 8
         for (int m = 0; m < rows; ++m) store_row(p.y + offset + m * p.shape.length, acc[m], last);
     }
@@ -361,6 +366,7 @@ struct WriteGradX {
 
     template <int rows, int columns>
     PK_INLINE void operator()(Vec<T> (&acc)[rows][columns], Index row, Index column, int last) const {
+        add_tile(acc, p.addend, batch, row, t0 + column, last);
         T* out = p.grad_x + (batch * p.shape.in_channels + row) * p.shape.length + t0 + column;
 #pragma GCC unroll 8
         for (int m = 0; m < rows; ++m) store_row(out + m * p.shape.length, acc[m], last);

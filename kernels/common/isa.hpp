@@ -9,8 +9,11 @@
 // name, level: `generic` is plain C++ and exists everywhere, the others are the x86-64 levels of the System V ABI.
 #if defined(__x86_64__)
 #define PK_FOR_EACH_ISA(X) X(generic) X(x86_64) X(x86_64_v3) X(x86_64_v4)
+#define PK_FOR_EACH_ISA_WITH(X, ...) \
+    X(generic, __VA_ARGS__) X(x86_64, __VA_ARGS__) X(x86_64_v3, __VA_ARGS__) X(x86_64_v4, __VA_ARGS__)
 #else
 #define PK_FOR_EACH_ISA(X) X(generic)
+#define PK_FOR_EACH_ISA_WITH(X, ...) X(generic, __VA_ARGS__)
 #endif
 
 #ifdef PK_ISA

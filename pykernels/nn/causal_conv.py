@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
-from pykernels.ops import causal_conv1d
+from pykernels.ops import causal_conv1d, causal_conv_block
+from pykernels.ops import weight_norm as weight_norm_op
 
 
 class CausalConv1d(nn.Conv1d):
@@ -154,9 +155,22 @@ class CausalConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.skip is None else self.skip(x)
-        y: Tensor = self.conv2(self.conv1(x), residual)
-        return y
+        return self.apply_weights(x, self.conv1.weight, self.conv2.weight)
+
+    def apply_weights(self, x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
+        """The block with these normalised weights in place of its own."""
+        skip = (None, None) if self.skip is None else (self.skip.weight, self.skip.bias)
+        return causal_conv_block(
+            x,
+            weight1,
+            self.conv1.bias,
+            weight2,
+            self.conv2.bias,
+            *skip,
+            dilation=self.conv1.dilation[0],
+            negative_slope=self.conv1.negative_slope,
+            backend=self.conv1.backend,
+        )
 
 
 class CausalCNNEncoder(nn.Module):
@@ -201,24 +215,52 @@ class CausalCNNEncoder(nn.Module):
                 for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False))
             )
         )
+        self.backend = backend
+        self._folded: list[Tensor] | None = None
         self.linear = nn.Linear(reduced_size, out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3 and x.shape[2] == 0:
-            raise ValueError("x holds empty series: the maximum over time needs at least one sample")
-        y: Tensor = self.linear(self.blocks(x).amax(2))
+        if x.dim() != 3 or x.shape[2] == 0:
+            raise ValueError(f"x must have shape (batch, channels, time) with at least one sample, got {tuple(x.shape)}")
+        weights = self._normalised_weights()
+        for i, block in enumerate(self.blocks):
+            x = block.apply_weights(x, weights[2 * i], weights[2 * i + 1])
+        y: Tensor = self.linear(x.max(2).values)
         return y
 
-    def folded(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def folded(self) -> Iterator[None]:
         """Inside this context the normalised weights are computed once, however often the encoder is called.
 
-        Leave it before the optimiser's step. Not for concurrent use from several threads.
+        Leave it before the optimiser's step, and keep to one gradient mode inside. Not for use from several threads.
         """
-        return parametrize.cached()
+        self._folded = self._normalised_weights()
+        try:
+            yield
+        finally:
+            self._folded = None
+
+    def _normalised_weights(self) -> list[Tensor]:
+        """The weights of all convolutions but the skips, block by block, normalised in one call where they can be."""
+        if self._folded is not None:
+            return self._folded
+        convs = [conv for block in self.blocks for conv in (block.conv1, block.conv2)]
+        if torch.compiler.is_compiling() or not all(map(_has_plain_weight_norm, convs)):
+            return [conv.weight for conv in convs]
+        originals = [conv.parametrizations.weight for conv in convs]
+        return weight_norm_op([p.original1 for p in originals], [p.original0 for p in originals], backend=self.backend)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`; also takes the keys of the published implementation."""
         return super().load_state_dict({_own_key(k): v for k, v in state_dict.items()}, strict, assign)
+
+
+def _has_plain_weight_norm(conv: nn.Module) -> bool:
+    """Whether the convolution's weight is normalised per output channel, and not otherwise parametrised."""
+    if not parametrize.is_parametrized(conv, "weight"):
+        return False
+    parametrizations = conv.parametrizations["weight"]
+    return len(parametrizations) == 1 and isinstance(parametrizations[0], _WeightNorm) and parametrizations[0].dim == 0
 
 
 _PUBLISHED_BLOCK = re.compile(r"network\.0\.network\.(\d+)\.(causal\.[03]|upordownsample)\.(\w+)")

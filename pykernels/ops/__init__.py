@@ -1,5 +1,5 @@
 """Operators, one folder per family."""
 
-from pykernels.ops.causal_conv import causal_conv1d
+from pykernels.ops.causal_conv import causal_conv1d, causal_conv_block, weight_norm
 
-__all__ = ["causal_conv1d"]
+__all__ = ["causal_conv1d", "causal_conv_block", "weight_norm"]

@@ -102,8 +102,11 @@ def test_windows_are_uniform():
     assert frequencies([w.negative_series for w in draws], 5) == pytest.approx(1 / 5, abs=0.01)
 
 
-def test_negatives_repeat_and_may_be_the_own_series():
-    w = draw(0, batch_size=10, n_series=10, n_negatives=10)
+def test_negatives_are_drawn_one_by_one_with_replacement_and_may_be_the_own_series():
+    w = draw(0, batch_size=10, n_series=10, series_length=500, n_negatives=10)
+    assert w.length < 450
+    for drawn in (w.negative_series, w.negative_start):
+        assert all(len(set(line)) > 1 for line in (*drawn, *drawn.T))
     assert (w.negative_series == np.arange(10)).any()
     assert all(len(set(column)) < 10 for column in w.negative_series.T)
 

@@ -1,4 +1,4 @@
-"""Dense dilated causal 1-D convolution with fused bias, activation and residual. README.md has the mathematics."""
+"""The public causal convolution: arguments, choice of backend, recording of the derivative."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from pykernels import _native
-from pykernels.backends import YES, Answer, Implementation, Operator, register, select
+from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import reference
 from pykernels.ops.causal_conv.autograd import recording_function
-from pykernels.ops.causal_conv.check import check
+from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS, forward_op
-
-__all__ = ["causal_conv1d"]
 
 
 def causal_conv1d(
@@ -58,12 +56,12 @@ def causal_conv1d(
     """
     if activation is None:
         activation = "none"
-    _check_arguments(x, weight, bias, dilation, activation, negative_slope, residual)
+    check_arguments(x, weight, bias, dilation, activation, negative_slope, residual)
     implementation = select(_OPERATOR, backend, x)
     return implementation.run(x, weight, bias, residual, dilation, activation, negative_slope)
 
 
-def _check_arguments(
+def check_arguments(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -76,26 +74,12 @@ def _check_arguments(
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() != 3:
         raise ValueError(f"x must have shape (batch, channels, time), got {tuple(x.shape)}")
-    dtype, device = x.dtype, x.device
-    if not dtype.is_floating_point:
-        raise TypeError(f"x must have a floating-point dtype, got {dtype}")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    if weight.dim() != 3 or weight.numel() == 0:
-        raise ValueError(
-            f"weight must have shape (out_channels, in_channels, kernel_size), none of them 0, got {tuple(weight.shape)}"
-        )
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
     batch, channels, length = x.shape
-    out_channels, in_channels, _ = weight.shape
-    if channels != in_channels:
-        raise ValueError(f"x has {channels} channels, but weight, of shape {tuple(weight.shape)}, takes {in_channels}")
-    _check_like(weight, "weight", dtype, device)
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
-        if bias.dim() != 1 or bias.shape[0] != out_channels:
-            raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
-        _check_like(bias, "bias", dtype, device)
+    check_weight(weight, "weight", channels, x)
+    out_channels = weight.shape[0]
+    check_bias(bias, "bias", out_channels, x)
     if residual is not None:
         if not isinstance(residual, Tensor):
             raise TypeError(f"residual must be a tensor or None, got {type(residual).__name__}")
@@ -103,7 +87,7 @@ def _check_arguments(
             raise ValueError(
                 f"residual must have the shape of the output, {(batch, out_channels, length)}, got {tuple(residual.shape)}"
             )
-        _check_like(residual, "residual", dtype, device)
+        _check_like(residual, "residual", x)
     if not isinstance(dilation, (int, torch.SymInt)) or isinstance(dilation, bool):
         raise TypeError(f"dilation must be an integer, got {type(dilation).__name__}")
     if not 1 <= dilation < 2**62:
@@ -115,14 +99,40 @@ def _check_arguments(
         raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
 
 
-def _check_like(t: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    if t.dtype != dtype:
-        raise TypeError(f"{name} must have the dtype of x, {dtype}, got {t.dtype}")
-    if t.device != device:
-        raise ValueError(f"{name} must be on the device of x, {device}, got {t.device}")
+def check_weight(weight: Tensor, name: str, in_channels: int, x: Tensor) -> None:
+    """Raise unless ``weight`` is (any, ``in_channels``, any) like x."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if weight.dim() != 3 or weight.numel() == 0:
+        raise ValueError(
+            f"{name} must have shape (out_channels, in_channels, kernel_size), none of them 0, got {tuple(weight.shape)}"
+        )
+    if weight.shape[1] != in_channels:
+        raise ValueError(
+            f"{name}, of shape {tuple(weight.shape)}, takes {weight.shape[1]} channels, but its input has {in_channels}"
+        )
+    _check_like(weight, name, x)
 
 
-def _run_compiled(
+def check_bias(bias: Tensor | None, name: str, out_channels: int, x: Tensor) -> None:
+    """Raise unless ``bias`` is None, or (``out_channels``,) like x."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(bias).__name__}")
+    if bias.dim() != 1 or bias.shape[0] != out_channels:
+        raise ValueError(f"{name} must have shape ({out_channels},), got {tuple(bias.shape)}")
+    _check_like(bias, name, x)
+
+
+def _check_like(t: Tensor, name: str, x: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def run_compiled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -144,11 +154,11 @@ def _run_compiled(
         return forward_op(x, weight, bias, residual, dilation, activation, negative_slope)
 
 
-def _cpu_available() -> Answer:
+def cpu_available() -> Answer:
     return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
 
 
-def _cpu_can_run(x: Tensor) -> Answer:
+def cpu_can_run(x: Tensor) -> Answer:
     if _native.cpu_error is not None:
         return Answer(False, _native.cpu_error)
     if x.device.type != "cpu":
@@ -158,13 +168,29 @@ def _cpu_can_run(x: Tensor) -> Answer:
     return YES
 
 
+def _check(backend: str) -> Check:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    tensors = (random(10, 40, 150), random(17, 40, 3), random(17), random(10, 17, 150))
+    return compare(
+        lambda x, w, b, r: reference.causal_conv1d(x, w, b, r, 64, "tanh", 0.01),
+        lambda x, w, b, r: causal_conv1d(
+            x, w, b, dilation=64, activation="tanh", residual=r, backend=backend
+        ),
+        tensors,
+    )
+
+
 _OPERATOR = register(
     Operator(
         name="causal_conv1d",
         implementations={
-            "cpu": Implementation(_run_compiled, _cpu_can_run, _cpu_available),
+            "cpu": Implementation(run_compiled, cpu_can_run, cpu_available),
             "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },
-        check=check,
+        check=_check,
     )
 )

@@ -16,16 +16,16 @@ from pykernels import _native
 #: Activation names and their codes in kernels/causal_conv/causal_conv.hpp.
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3}
 
-_library = torch.library.Library("pykernels", "FRAGMENT")
-_library.define(
+library = torch.library.Library("pykernels", "FRAGMENT")
+library.define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int dilation, str activation, "
     "float negative_slope) -> Tensor"
 )
-_library.define(  # also returns act(z), which the backward cannot take from y when a residual was added to it
+library.define(  # also returns act(z), which the backward cannot take from y when a residual was added to it
     "causal_conv1d_activated(Tensor x, Tensor weight, Tensor? bias, Tensor residual, int dilation, str activation, "
     "float negative_slope) -> (Tensor, Tensor)"
 )
-_library.define(  # a gradient that is not needed is returned empty
+library.define(  # a gradient that is not needed is returned empty
     "causal_conv1d_backward(Tensor grad_y, Tensor? activated, Tensor x, Tensor weight, int dilation, str activation, "
     "float negative_slope, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
@@ -34,23 +34,23 @@ forward_op = torch.ops.pykernels.causal_conv1d.default
 forward_activated_op = torch.ops.pykernels.causal_conv1d_activated.default
 backward_op = torch.ops.pykernels.causal_conv1d_backward.default
 
-_IS_DOUBLE = {torch.float32: False, torch.float64: True}
+IS_DOUBLE = {torch.float32: False, torch.float64: True}
 _Strides = tuple[int, int, int]
 
 
-def _plain(t: Tensor) -> Tensor:
+def plain(t: Tensor) -> Tensor:
     return t.resolve_neg() if t.is_neg() else t
 
 
 def _rows(t: Tensor) -> tuple[Tensor, _Strides]:
     """``t`` with a time stride of 1, and its strides."""
-    t = _plain(t)
+    t = plain(t)
     if t.stride(2) != 1:
         t = t.contiguous()
     return t, (t.stride(0), t.stride(1), 1)
 
 
-def _address(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
+def address(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
     """The address of ``t``'s data, which must be what the kernel is about to read."""
     if t.shape != shape or t.dtype != dtype or not t.is_cpu:
         raise ValueError(
@@ -60,7 +60,7 @@ def _address(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -
     return t.data_ptr()
 
 
-def _run_forward(
+def run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -71,26 +71,26 @@ def _run_forward(
     activated: Tensor | None,
 ) -> Tensor:
     assert _native.cpu is not None
-    x, weight = _plain(x), _plain(weight).contiguous()
+    x, weight = plain(x), plain(weight).contiguous()
     y = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
     bias_address = residual_address = activated_address = 0
     residual_strides: _Strides = (0, 0, 1)
     if bias is not None:
-        bias = _plain(bias).contiguous()
-        bias_address = _address(bias, (weight.shape[0],), x.dtype, "bias")
+        bias = plain(bias).contiguous()
+        bias_address = address(bias, (weight.shape[0],), x.dtype, "bias")
     if residual is not None:
         residual, residual_strides = _rows(residual)
-        residual_address = _address(residual, y.shape, x.dtype, "residual")
+        residual_address = address(residual, y.shape, x.dtype, "residual")
     if activated is not None:
         activated_address = activated.data_ptr()
     _native.cpu.causal_conv1d_forward(
-        _IS_DOUBLE[x.dtype],
+        IS_DOUBLE[x.dtype],
         x.shape,
         weight.shape,
         dilation,
         x.data_ptr(),
         x.stride(),
-        _address(weight, weight.shape, x.dtype, "weight"),
+        address(weight, weight.shape, x.dtype, "weight"),
         bias_address,
         residual_address,
         residual_strides,
@@ -112,7 +112,7 @@ def _forward_cpu(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    return _run_forward(x, weight, bias, residual, dilation, activation, negative_slope, None)
+    return run_forward(x, weight, bias, residual, dilation, activation, negative_slope, None)
 
 
 def _forward_activated_cpu(
@@ -125,7 +125,7 @@ def _forward_activated_cpu(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     h = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
-    return _run_forward(x, weight, bias, residual, dilation, activation, negative_slope, h), h
+    return run_forward(x, weight, bias, residual, dilation, activation, negative_slope, h), h
 
 
 def _gradients_like(
@@ -136,6 +136,56 @@ def _gradients_like(
         weight.new_empty(weight.shape if need_weight else (0,)),
         weight.new_empty(weight.shape[:1] if need_bias else (0,)),
     )
+
+
+def run_backward(
+    grad_y: Tensor,
+    activated: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    activation: str,
+    negative_slope: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    addend: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias, empty where not needed; ``addend``, of x's shape, is added to that of x."""
+    assert _native.cpu is not None
+    weight, grad_y = plain(weight).contiguous(), plain(grad_y)
+    x, x_strides = _rows(x)
+    gradients = _gradients_like(x, weight, need_x, need_weight, need_bias)
+    shape = (x.shape[0], weight.shape[0], x.shape[2])
+    if activated is None and activation != "none":
+        raise ValueError(f"activation {activation!r} needs the activated output")
+    h = grad_y if activated is None else plain(activated)
+    addend_address, addend_strides = 0, (0, 0, 1)
+    if addend is not None:
+        addend, addend_strides = _rows(addend)
+        addend_address = address(addend, x.shape, x.dtype, "addend")
+    _native.cpu.causal_conv1d_backward(
+        IS_DOUBLE[x.dtype],
+        x.shape,
+        weight.shape,
+        dilation,
+        address(grad_y, shape, x.dtype, "grad_y"),
+        grad_y.stride(),
+        address(h, shape, x.dtype, "activated"),
+        h.stride(),
+        x.data_ptr(),
+        x_strides,
+        address(weight, weight.shape, x.dtype, "weight"),
+        addend_address,
+        addend_strides,
+        gradients[0].data_ptr() if need_x else 0,
+        gradients[1].data_ptr() if need_weight else 0,
+        gradients[2].data_ptr() if need_bias else 0,
+        ACTIVATIONS[activation],
+        negative_slope,
+        torch.get_num_threads(),
+    )
+    return gradients
 
 
 def _backward_cpu(
@@ -150,34 +200,9 @@ def _backward_cpu(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert _native.cpu is not None
-    weight, grad_y = _plain(weight).contiguous(), _plain(grad_y)
-    x, x_strides = _rows(x)
-    gradients = _gradients_like(x, weight, need_x, need_weight, need_bias)
-    shape = (x.shape[0], weight.shape[0], x.shape[2])
-    if activated is None and activation != "none":
-        raise ValueError(f"activation {activation!r} needs the activated output")
-    h = grad_y if activated is None else _plain(activated)
-    _native.cpu.causal_conv1d_backward(
-        _IS_DOUBLE[x.dtype],
-        x.shape,
-        weight.shape,
-        dilation,
-        _address(grad_y, shape, x.dtype, "grad_y"),
-        grad_y.stride(),
-        _address(h, shape, x.dtype, "activated"),
-        h.stride(),
-        x.data_ptr(),
-        x_strides,
-        _address(weight, weight.shape, x.dtype, "weight"),
-        gradients[0].data_ptr() if need_x else 0,
-        gradients[1].data_ptr() if need_weight else 0,
-        gradients[2].data_ptr() if need_bias else 0,
-        ACTIVATIONS[activation],
-        negative_slope,
-        torch.get_num_threads(),
+    return run_backward(
+        grad_y, activated, x, weight, dilation, activation, negative_slope, need_x, need_weight, need_bias, None
     )
-    return gradients
 
 
 def _forward_fake(
@@ -223,21 +248,28 @@ def _backward_fake(
 def _refuse_gradients(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """An Autograd kernel that raises where calling ``op`` itself would silently drop the gradient."""
 
+    def requires_grad(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(requires_grad, value))
+        return isinstance(value, Tensor) and value.requires_grad
+
     def guard(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(f"{op} has no derivative of its own; call pykernels.causal_conv1d")
+        if torch.is_grad_enabled() and requires_grad(args):
+            raise RuntimeError(f"{op} has no derivative of its own; call the public function in pykernels.ops")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return guard
 
 
-for _op, _cpu, _fake in (
-    (forward_op, _forward_cpu, _forward_fake),
-    (forward_activated_op, _forward_activated_cpu, _forward_activated_fake),
-    (backward_op, _backward_cpu, _backward_fake),
-):
-    _name = _op._schema.name
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _refuse_gradients(_op), "Autograd")
-    torch.library.register_fake(_name, _fake, lib=_library)
+def implement(op: torch._ops.OpOverload, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the CPU implementation of a raw operator, its shapes for tracing, and the guard of its gradient."""
+    name = op._schema.name
+    library.impl(name, cpu, "CPU")
+    library.impl(name, _refuse_gradients(op), "Autograd")
+    torch.library.register_fake(name, fake, lib=library)
+
+
+implement(forward_op, _forward_cpu, _forward_fake)
+implement(forward_activated_op, _forward_activated_cpu, _forward_activated_fake)
+implement(backward_op, _backward_cpu, _backward_fake)

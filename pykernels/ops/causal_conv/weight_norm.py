@@ -1,0 +1,184 @@
+"""Weight normalisation ``w = g v / ||v||`` of all the weights of a network in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import _native
+from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops.causal_conv import conv
+from pykernels.ops.causal_conv.autograd import UNSUPPORTED, recording_function
+from pykernels.ops.causal_conv.check import compare
+from pykernels.ops.causal_conv.op import IS_DOUBLE, address, implement, library, plain
+
+library.define("weight_norm(Tensor[] v, Tensor[] g) -> Tensor[]")
+library.define("weight_norm_backward(Tensor[] grad_w, Tensor[] v, Tensor[] g) -> Tensor[]")  # of every v, then of every g
+_forward_op = torch.ops.pykernels.weight_norm.default
+_backward_op = torch.ops.pykernels.weight_norm_backward.default
+
+
+def weight_norm(v: Sequence[Tensor], g: Sequence[Tensor], *, backend: str | None = None) -> list[Tensor]:
+    """Normalised weights ``g[i] * v[i] / ||v[i]||``, the norm taken over all but the first dimension.
+
+    Args:
+        v: directions, each of shape (O, ...), all of one dtype and device, float32 or float64.
+        g: norms, each of as many elements as its direction has rows, such as (O, 1, 1).
+        backend: see :func:`pykernels.causal_conv1d`.
+
+    Returns:
+        One weight for each direction, of its shape. First-order gradients for all of them.
+
+    Raises:
+        ValueError: if the numbers, shapes, dtypes or devices do not fit together.
+
+    Source: Salimans and Kingma, "Weight normalization", NeurIPS 2016.
+    """
+    v, g = list(v), list(g)
+    if len(v) != len(g) or not v:
+        raise ValueError(f"v and g must be equally many tensors, at least one, got {len(v)} and {len(g)}")
+    for i, (direction, norm) in enumerate(zip(v, g, strict=True)):
+        if direction.dim() < 2 or norm.numel() != direction.shape[0]:
+            raise ValueError(
+                f"g[{i}] must have one element per row of v[{i}], got {tuple(norm.shape)} for {tuple(direction.shape)}"
+            )
+        if {direction.dtype, norm.dtype} != {v[0].dtype} or {direction.device, norm.device} != {v[0].device}:
+            raise ValueError(f"v[{i}] and g[{i}] must have the dtype and device of v[0], {v[0].dtype} on {v[0].device}")
+    return select(_OPERATOR, backend, v, g).run(v, g)
+
+
+def _run_reference(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [
+        direction * (norm.reshape(-1) / direction.flatten(1).norm(dim=1)).reshape(-1, *[1] * (direction.dim() - 1))
+        for direction, norm in zip(v, g, strict=True)
+    ]
+
+
+def _run_compiled(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    if torch.compiler.is_compiling():  # fused by the compiler as well as by hand
+        return _run_reference(v, g)
+    function = recording_function(*v, *g)
+    if function is None:
+        with torch._C._AutoDispatchBelowAutograd():
+            return list(_forward_op(v, g))
+    if function.__name__ != "EagerCausalConv1d":
+        return _run_reference(v, g)
+    return list(WeightNorm.apply(len(v), *v, *g))
+
+
+def _forward_cpu(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    assert _native.cpu is not None
+    v, g = [plain(t).contiguous() for t in v], [plain(t).contiguous() for t in g]
+    w = [torch.empty_like(t) for t in v]
+    dtype = v[0].dtype
+    records = [
+        (*_addresses(dtype, a, b), c.data_ptr(), a.shape[0], a.numel() // a.shape[0])
+        for a, b, c in zip(v, g, w, strict=True)
+        if a.numel() > 0
+    ]
+    _native.cpu.weight_norm_forward(IS_DOUBLE[dtype], records, torch.get_num_threads())
+    return w
+
+
+def _backward_cpu(grad_w: list[Tensor], v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    assert _native.cpu is not None
+    grad_w = [plain(t).contiguous() for t in grad_w]
+    v, g = [plain(t).contiguous() for t in v], [plain(t).contiguous() for t in g]
+    grad_v, grad_g = [torch.empty_like(t) for t in v], [torch.empty_like(t) for t in g]
+    dtype = v[0].dtype
+    records = [
+        (
+            *_addresses(dtype, a, b),
+            address(d, a.shape, dtype, "grad_w"),
+            grad_a.data_ptr(),
+            grad_b.data_ptr(),
+            a.shape[0],
+            a.numel() // a.shape[0],
+        )
+        for a, b, d, grad_a, grad_b in zip(v, g, grad_w, grad_v, grad_g, strict=True)
+        if a.numel() > 0
+    ]
+    _native.cpu.weight_norm_backward(IS_DOUBLE[dtype], records, torch.get_num_threads())
+    return grad_v + grad_g
+
+
+def _addresses(dtype: torch.dtype, direction: Tensor, norm: Tensor) -> tuple[int, int]:
+    return (
+        address(direction, direction.shape, dtype, "v"),
+        address(norm.reshape(-1), direction.shape[:1], dtype, "g"),
+    )
+
+
+def _forward_fake(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t) for t in v]
+
+
+def _backward_fake(grad_w: list[Tensor], v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t) for t in (*v, *g)]
+
+
+implement(_forward_op, _forward_cpu, _forward_fake)
+implement(_backward_op, _backward_cpu, _backward_fake)
+
+
+class WeightNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
+        ctx.count = count
+        ctx.save_for_backward(*tensors)
+        return tuple(_forward_op(list(tensors[:count]), list(tensors[count:])))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_w: Tensor) -> Any:
+        run = WeightNormBackward.apply if torch.is_grad_enabled() else _run_backward
+        return None, *run(ctx.count, *grad_w, *ctx.saved_tensors)
+
+
+def _run_backward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    grad_w, v, g = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
+    return tuple(_backward_op(grad_w, v, g))
+
+
+class WeightNormBackward(torch.autograd.Function):
+    """The backward as a recorded operation, so that differentiating it raises instead of giving a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
+        return _run_backward(count, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(UNSUPPORTED.format("double backward"))
+
+
+def _can_run(v: list[Tensor], g: list[Tensor]) -> Answer:
+    return conv.cpu_can_run(v[0])
+
+
+def _check(backend: str) -> Check:
+    generator = torch.Generator().manual_seed(0)
+    tensors = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 5, 3), (1, 4), (7, 1, 1), (1,)))
+
+    def flat(weights: list[Tensor]) -> Tensor:
+        return torch.cat([w.flatten() for w in weights])
+
+    return compare(
+        lambda *t: flat(_run_reference([*t[:2]], [*t[2:]])),
+        lambda *t: flat(weight_norm(t[:2], t[2:], backend=backend)),
+        tensors,
+    )
+
+
+_OPERATOR = register(
+    Operator(
+        name="weight_norm",
+        implementations={
+            "cpu": Implementation(_run_compiled, _can_run, conv.cpu_available),
+            "reference": Implementation(_run_reference, lambda v, g: YES, lambda: YES),
+        },
+        check=_check,
+    )
+)
