@@ -331,7 +331,11 @@ def test_bad_input_of_the_installed_program_shows_no_traceback():
 def test_only_the_models_need_scikit_learn():
     script = """
 import sys
-sys.modules["sklearn"] = None
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sklearn":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NotInstalled())
 import pykernels, pykernels.cli, pykernels.data
 assert not {"aeon", "matplotlib", "safetensors", "scipy"} & set(sys.modules)
 try:
