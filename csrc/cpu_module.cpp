@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "causal_conv/causal_conv.hpp"
+#include "causal_conv/pooled.hpp"
 #include "causal_conv/weight_norm.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
@@ -110,6 +111,49 @@ void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Stride
                                                      grad_weight, grad_bias, activation_from(activation), negative_slope, threads);
 }
 
+template <class T>
+void max_over_time_of(std::uintptr_t y, std::int64_t rows, std::int64_t length, std::uintptr_t value,
+                      std::uintptr_t time, int threads) {
+    const pk::MaxOverTime<T> p{pointer<const T>(y), pointer<T>(value), pointer<std::int64_t>(time), rows, length,
+                               threads};
+    const py::gil_scoped_release release;
+    pk::max_over_time(p);
+}
+
+void max_over_time(bool is_double, std::uintptr_t y, std::int64_t rows, std::int64_t length, std::uintptr_t value,
+                   std::uintptr_t time, int threads) {
+    if (rows < 0 || length < 1) throw std::invalid_argument("the maximum needs at least one sample");
+    (is_double ? max_over_time_of<double> : max_over_time_of<float>)(y, rows, length, value, time, threads);
+}
+
+template <class T>
+void backward_at(const pk::ConvShape& shape, std::uintptr_t dz, std::uintptr_t time, std::uintptr_t x,
+                 const Strides& x_strides, std::uintptr_t weight, std::uintptr_t grad_x, std::uintptr_t grad_weight,
+                 int threads) {
+    const pk::CausalConvBackwardAt<T> p{shape,
+                                        pointer<const T>(dz),
+                                        pointer<const std::int64_t>(time),
+                                        view<const T>(x, x_strides),
+                                        pointer<const T>(weight),
+                                        pointer<T>(grad_x),
+                                        pointer<T>(grad_weight),
+                                        threads};
+    const py::gil_scoped_release release;
+    pk::causal_conv_backward_at(p);
+}
+
+void causal_conv1d_backward_at(bool is_double, const Strides& x_shape, const Strides& weight_shape,
+                               std::int64_t dilation, std::uintptr_t dz, std::uintptr_t time, std::uintptr_t x,
+                               const Strides& x_strides, std::uintptr_t weight, std::uintptr_t grad_x,
+                               std::uintptr_t grad_weight, int threads) {
+    const pk::ConvShape shape = conv_shape(x_shape, weight_shape, dilation);
+    const auto* times = pointer<const std::int64_t>(time);
+    for (std::int64_t i = 0; i < shape.batch * shape.out_channels; ++i)
+        if (times[i] < 0 || times[i] >= shape.length) throw std::invalid_argument("a time lies outside the series");
+    (is_double ? backward_at<double> : backward_at<float>)(shape, dz, time, x, x_strides, weight, grad_x, grad_weight,
+                                                           threads);
+}
+
 // Addresses and sizes of one weight, as the fields of WeightNormForward or WeightNormBackward.
 using WeightNormForwardRecord = std::array<std::uintptr_t, 5>;
 using WeightNormBackwardRecord = std::array<std::uintptr_t, 7>;
@@ -175,6 +219,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("has_openmp", &pk::has_openmp);
     m.def("causal_conv1d_forward", &causal_conv1d_forward);
     m.def("causal_conv1d_backward", &causal_conv1d_backward);
+    m.def("causal_conv1d_backward_at", &causal_conv1d_backward_at);
+    m.def("max_over_time", &max_over_time);
     m.def("weight_norm_forward", &weight_norm_forward);
     m.def("weight_norm_backward", &weight_norm_backward);
 }

@@ -1,5 +1,6 @@
 #include "causal_conv/causal_conv.hpp"
 
+#include "causal_conv/pooled.hpp"
 #include "causal_conv/weight_norm.hpp"
 #include "common/dispatch.hpp"
 
@@ -22,5 +23,10 @@ void weight_norm_backward(const WeightNormBackward<float>* weights, std::int64_t
 void weight_norm_backward(const WeightNormBackward<double>* weights, std::int64_t count, int threads) {
     PK_CALL_ACTIVE(weight_norm_backward, (weights, count, threads));
 }
+
+void max_over_time(const MaxOverTime<float>& p) { PK_CALL_ACTIVE(max_over_time, (p)); }
+void max_over_time(const MaxOverTime<double>& p) { PK_CALL_ACTIVE(max_over_time, (p)); }
+void causal_conv_backward_at(const CausalConvBackwardAt<float>& p) { PK_CALL_ACTIVE(causal_conv_backward_at, (p)); }
+void causal_conv_backward_at(const CausalConvBackwardAt<double>& p) { PK_CALL_ACTIVE(causal_conv_backward_at, (p)); }
 
 }  // namespace pk

@@ -24,14 +24,13 @@
 #include <cstring>
 
 #include "causal_conv/causal_conv.hpp"
+#include "common/arrays.hpp"
 #include "common/math.hpp"
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
 
 PK_ISA_BEGIN
 namespace {
-
-using Index = std::int64_t;
 
 // Register tiles: accumulators, plus one operand each way, fill the 32 or 16 vector registers.
 #if PK_VECTOR_BYTES == 64
@@ -48,19 +47,10 @@ constexpr double parallel_flops = 200e3;        // below this, waking the other 
 template <class T>
 constexpr Index tile_columns = 24 * Vec<T>::lanes;  // longest tile of the products
 
-PK_INLINE Index min(Index a, Index b) { return a < b ? a : b; }
-PK_INLINE Index max(Index a, Index b) { return a > b ? a : b; }
-PK_INLINE Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 template <class T>
 PK_INLINE Index round_up_to_vector(Index n) {
     return divide_up(n, Vec<T>::lanes) * Vec<T>::lanes;
 }
-template <class T>
-PK_INLINE Index aligned(Index elements) {
-    constexpr Index line = 64 / sizeof(T);
-    return divide_up(elements, line) * line;
-}
-
 // Taps that see data in a stretch of time, when `reach` samples lie between its far end and the data's end.
 PK_INLINE Index live_taps(const ConvShape& s, Index reach) {
     return reach < 0 ? 0 : min(s.kernel_size, reach / s.dilation + 1);
@@ -72,8 +62,6 @@ int worker_count(const ConvShape& s, int threads) {
                          static_cast<double>(live_taps(s, s.length - 1));
     return flops < parallel_flops ? 1 : usable_threads(threads);
 }
-
-// ---- Activations -----------------------------------------------------------------------------------------------------
 
 // grad * act'(z) from h = act(z); the sign of h is the sign of z because slopes are not negative.
 template <class T>
@@ -88,32 +76,12 @@ PK_INLINE Vec<T> activate_backward(Vec<T> grad, Vec<T> h, Activation activation,
     return grad;
 }
 
-// ---- Panels ----------------------------------------------------------------------------------------------------------
-
 template <class T>
 PK_INLINE Vec<T> load_strided(const T* p, Index stride, int n) {
     if (stride == 1) return n == Vec<T>::lanes ? Vec<T>::load(p) : Vec<T>::load_first(p, n);
     T lane[Vec<T>::lanes] = {};
     for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
     return Vec<T>::load(lane);
-}
-
-// Short runs: a call of memcpy or memset would cost more than the copy.
-template <class T>
-PK_INLINE void copy(T* out, const T* p, Index count) {
-    constexpr int lanes = Vec<T>::lanes;
-    Index i = 0;
-    for (; i + lanes <= count; i += lanes) Vec<T>::load(p + i).store(out + i);
-    if (i < count) Vec<T>::load_first(p + i, static_cast<int>(count - i)).store_first(out + i, static_cast<int>(count - i));
-}
-
-template <class T>
-PK_INLINE void clear(T* out, Index count) {
-    constexpr int lanes = Vec<T>::lanes;
-    const Vec<T> zero(T(0));
-    Index i = 0;
-    for (; i + lanes <= count; i += lanes) zero.store(out + i);
-    if (i < count) zero.store_first(out + i, static_cast<int>(count - i));
 }
 
 template <class T>
@@ -197,19 +165,28 @@ Panel<T> fill_panel(T* data, const ConvShape& s, Reach reach, Index live, Index 
                                 : Panel<T>{data, width, 0, step, live};
 }
 
-// ---- Product of weights and a panel ----------------------------------------------------------------------------------
-
 // Weights as the product reads them: for each block of rows (8, 8, ..., then what is left as 4, 2, 1), [tap][inner][row].
+template <class T, int block>
+T* pack_rows(T* packed, const T* weight, Index row_stride, Index inner, Index inner_stride, Index taps) {
+    for (Index j = 0; j < taps; ++j)
+        for (Index i = 0; i < inner; ++i, packed += block)
+#pragma GCC unroll 8
+            for (int m = 0; m < block; ++m) packed[m] = weight[m * row_stride + i * inner_stride - j];
+    return packed;
+}
+
 template <class T>
 void pack_weights(T* packed, const T* weight, Index rows, Index row_stride, Index inner, Index inner_stride,
                   Index kernel_size, Index taps) {
     int block = conv_rows;
     for (Index row = 0; row < rows; row += block) {
         while (block > rows - row) block /= 2;
-        for (Index j = 0; j < taps; ++j) {
-            const T* w = weight + row * row_stride + (kernel_size - 1 - j);
-            for (Index i = 0; i < inner; ++i, packed += block)
-                for (int m = 0; m < block; ++m) packed[m] = w[m * row_stride + i * inner_stride];
+        const T* newest = weight + row * row_stride + (kernel_size - 1);
+        switch (block) {
+            case 8: packed = pack_rows<T, conv_rows>(packed, newest, row_stride, inner, inner_stride, taps); break;
+            case 4: packed = pack_rows<T, 4>(packed, newest, row_stride, inner, inner_stride, taps); break;
+            case 2: packed = pack_rows<T, 2>(packed, newest, row_stride, inner, inner_stride, taps); break;
+            default: packed = pack_rows<T, 1>(packed, newest, row_stride, inner, inner_stride, taps);
         }
     }
 }
@@ -373,8 +350,6 @@ struct WriteGradX {
     }
 };
 
-// ---- Tiles -----------------------------------------------------------------------------------------------------------
-
 // How the time axis is cut: `per_sample` tiles of `columns`, the last one shorter.
 struct Tiling {
     Index columns, per_sample;
@@ -393,8 +368,6 @@ Tiling cut_time(const ConvShape& s, Index column_bytes, Index budget, Index long
 
 // Panel columns per column of a tile: taps further apart than a tile have windows of their own.
 PK_INLINE Index windows(const ConvShape& s, Index taps) { return s.dilation < 64 ? 1 : taps; }
-
-// ---- Forward ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct ForwardTask {
@@ -434,8 +407,6 @@ void forward(const CausalConvForward<T>& p) {
     const ForwardTask<T> task{p, tiling, taps, packed, packed + weights, panel_stride};
     parallel_tasks(s.batch * tiling.per_sample, workers, ForwardTask<T>::run, &task);
 }
-
-// ---- Backward --------------------------------------------------------------------------------------------------------
 
 // What a group of samples contributes to grad_weight at one tile [t0, t0 + n) of time. dz lies in a panel, sample after
 // sample and padded with zeros to whole vectors; x is read where it is, from the first sample that tap j sees:

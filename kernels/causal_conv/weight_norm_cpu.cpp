@@ -2,13 +2,12 @@
 #include <cstdint>
 
 #include "causal_conv/weight_norm.hpp"
+#include "common/arrays.hpp"
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
 
 PK_ISA_BEGIN
 namespace {
-
-using Index = std::int64_t;
 
 // <a, b> over n elements.
 template <class T>

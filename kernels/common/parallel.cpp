@@ -114,6 +114,8 @@ Scratch::Scratch(std::size_t bytes) : owned_(bytes > kept_bytes || kept.in_use) 
     data_ = kept.data;
 }
 
+void* Scratch::data() const { return data_; }
+
 Scratch::~Scratch() {
     if (owned_)
         std::free(data_);

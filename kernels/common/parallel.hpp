@@ -27,7 +27,7 @@ public:
     ~Scratch();
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    void* data() const { return data_; }
+    void* data() const;
 
 private:
     void* data_;

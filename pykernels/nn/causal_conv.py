@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
-from pykernels.ops import causal_conv1d, causal_conv_block
+from pykernels.ops import causal_conv1d, causal_conv_block, causal_conv_block_max
 from pykernels.ops import weight_norm as weight_norm_op
 
 
@@ -157,10 +157,11 @@ class CausalConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weights(x, self.conv1.weight, self.conv2.weight)
 
-    def apply_weights(self, x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
-        """The block with these normalised weights in place of its own."""
+    def apply_weights(self, x: Tensor, weight1: Tensor, weight2: Tensor, *, pool: bool = False) -> Tensor:
+        """The block with these normalised weights in place of its own; with ``pool``, its maximum over time."""
         skip = (None, None) if self.skip is None else (self.skip.weight, self.skip.bias)
-        return causal_conv_block(
+        function = causal_conv_block_max if pool else causal_conv_block
+        return function(
             x,
             weight1,
             self.conv1.bias,
@@ -223,9 +224,10 @@ class CausalCNNEncoder(nn.Module):
         if x.dim() != 3 or x.shape[2] == 0:
             raise ValueError(f"x must have shape (batch, channels, time) with at least one sample, got {tuple(x.shape)}")
         weights = self._normalised_weights()
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block.apply_weights(x, weights[2 * i], weights[2 * i + 1])
-        y: Tensor = self.linear(x.max(2).values)
+            x = block.apply_weights(x, weights[2 * i], weights[2 * i + 1], pool=i == last)
+        y: Tensor = self.linear(x)
         return y
 
     @contextmanager

@@ -188,6 +188,47 @@ def run_backward(
     return gradients
 
 
+def run_max_over_time(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum over time of y (B, C, T), contiguous, and when it is first reached, both (B, C)."""
+    assert _native.cpu is not None
+    value, time = y.new_empty(y.shape[:2]), y.new_empty(y.shape[:2], dtype=torch.int64)
+    _native.cpu.max_over_time(
+        IS_DOUBLE[y.dtype],
+        y.data_ptr(),
+        value.numel(),
+        y.shape[2],
+        value.data_ptr(),
+        time.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return value, time
+
+
+def run_backward_at(
+    dz: Tensor, time: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`run_backward` of a convolution without activation whose output gradient is dz (B, O) at ``time``, else 0."""
+    assert _native.cpu is not None
+    weight, dz, time, x = plain(weight).contiguous(), plain(dz).contiguous(), time.contiguous(), plain(x)
+    grad_x, grad_weight, _ = _gradients_like(x, weight, need_x, need_weight, False)
+    shape = (x.shape[0], weight.shape[0])
+    _native.cpu.causal_conv1d_backward_at(
+        IS_DOUBLE[x.dtype],
+        x.shape,
+        weight.shape,
+        dilation,
+        address(dz, shape, x.dtype, "dz"),
+        address(time, shape, torch.int64, "time"),
+        x.data_ptr(),
+        x.stride(),
+        address(weight, weight.shape, x.dtype, "weight"),
+        grad_x.data_ptr() if need_x else 0,
+        grad_weight.data_ptr() if need_weight else 0,
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_weight, dz.sum(0) if need_bias else dz.new_empty(0)
+
+
 def _backward_cpu(
     grad_y: Tensor,
     activated: Tensor | None,
