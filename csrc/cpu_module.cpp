@@ -22,6 +22,7 @@ namespace py = pybind11;
 
 namespace {
 
+using Addresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;  // values, times, h of a pool
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 template <class T>
@@ -51,7 +52,8 @@ pk::ConvShape conv_shape(const Strides& x_shape, const Strides& weight_shape, st
 template <class T>
 void forward(const pk::ConvShape& shape, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
              std::uintptr_t bias, std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
-             std::uintptr_t h, pk::Activation activation, double negative_slope, int threads) {
+             std::uintptr_t h, const Addresses& pool, pk::Activation activation, double negative_slope, int threads) {
+    const auto [pool_value, pool_time, pool_h] = pool;
     const pk::CausalConvForward<T> p{shape,
                                      view<const T>(x, x_strides),
                                      pointer<const T>(weight),
@@ -59,6 +61,7 @@ void forward(const pk::ConvShape& shape, std::uintptr_t x, const Strides& x_stri
                                      view<const T>(residual, residual_strides),
                                      pointer<T>(y),
                                      pointer<T>(h),
+                                     {pointer<T>(pool_value), pointer<std::int64_t>(pool_time), pointer<T>(pool_h)},
                                      activation,
                                      static_cast<T>(negative_slope),
                                      threads};
@@ -69,11 +72,14 @@ void forward(const pk::ConvShape& shape, std::uintptr_t x, const Strides& x_stri
 void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
                            std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight, std::uintptr_t bias,
                            std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
-                           std::uintptr_t h, int activation, double negative_slope, int threads) {
+                           std::uintptr_t h, const Addresses& pool, int activation, double negative_slope,
+                           int threads) {
+    if (y == 0 && (std::get<0>(pool) == 0 || std::get<1>(pool) == 0 || std::get<2>(x_shape) == 0))
+        throw std::invalid_argument("a pool needs values, times and at least one sample");
     if (residual != 0 && std::get<2>(residual_strides) != 1)
         throw std::invalid_argument("the residual's time stride must be 1");
     (is_double ? forward<double> : forward<float>)(conv_shape(x_shape, weight_shape, dilation), x, x_strides, weight, bias,
-                                                   residual, residual_strides, y, h, activation_from(activation),
+                                                   residual, residual_strides, y, h, pool, activation_from(activation),
                                                    negative_slope, threads);
 }
 
@@ -109,21 +115,6 @@ void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Stride
     (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y, grad_y_strides,
                                                      h, h_strides, x, x_strides, weight, addend, addend_strides, grad_x,
                                                      grad_weight, grad_bias, activation_from(activation), negative_slope, threads);
-}
-
-template <class T>
-void max_over_time_of(std::uintptr_t y, std::int64_t rows, std::int64_t length, std::uintptr_t value,
-                      std::uintptr_t time, int threads) {
-    const pk::MaxOverTime<T> p{pointer<const T>(y), pointer<T>(value), pointer<std::int64_t>(time), rows, length,
-                               threads};
-    const py::gil_scoped_release release;
-    pk::max_over_time(p);
-}
-
-void max_over_time(bool is_double, std::uintptr_t y, std::int64_t rows, std::int64_t length, std::uintptr_t value,
-                   std::uintptr_t time, int threads) {
-    if (rows < 0 || length < 1) throw std::invalid_argument("the maximum needs at least one sample");
-    (is_double ? max_over_time_of<double> : max_over_time_of<float>)(y, rows, length, value, time, threads);
 }
 
 template <class T>
@@ -220,7 +211,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("causal_conv1d_forward", &causal_conv1d_forward);
     m.def("causal_conv1d_backward", &causal_conv1d_backward);
     m.def("causal_conv1d_backward_at", &causal_conv1d_backward_at);
-    m.def("max_over_time", &max_over_time);
     m.def("weight_norm_forward", &weight_norm_forward);
     m.def("weight_norm_backward", &weight_norm_backward);
 }

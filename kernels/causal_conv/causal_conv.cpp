@@ -24,8 +24,6 @@ void weight_norm_backward(const WeightNormBackward<double>* weights, std::int64_
     PK_CALL_ACTIVE(weight_norm_backward, (weights, count, threads));
 }
 
-void max_over_time(const MaxOverTime<float>& p) { PK_CALL_ACTIVE(max_over_time, (p)); }
-void max_over_time(const MaxOverTime<double>& p) { PK_CALL_ACTIVE(max_over_time, (p)); }
 void causal_conv_backward_at(const CausalConvBackwardAt<float>& p) { PK_CALL_ACTIVE(causal_conv_backward_at, (p)); }
 void causal_conv_backward_at(const CausalConvBackwardAt<double>& p) { PK_CALL_ACTIVE(causal_conv_backward_at, (p)); }
 

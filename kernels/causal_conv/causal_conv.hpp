@@ -26,6 +26,14 @@ struct ConvShape {
     std::int64_t batch, in_channels, out_channels, length, kernel_size, dilation;
 };
 
+// The maximum of y over time, the first time it is reached (NaN wins), and h there; (B, O) each, h or all null.
+template <class T>
+struct Pool {
+    T* value;
+    std::int64_t* time;
+    T* h;
+};
+
 template <class T>
 struct CausalConvForward {
     ConvShape shape;
@@ -33,8 +41,9 @@ struct CausalConvForward {
     const T* weight;
     const T* bias;           // (O) or null
     View3<const T> residual;  // time_stride 1, or data null
-    T* y;                    // (B, O, T) contiguous
-    T* h;                    // (B, O, T) contiguous or null: act(z), where the backward cannot take it from y
+    T* y;                     // (B, O, T) contiguous, or null with a pool: y then stays in cache
+    T* h;                     // (B, O, T) contiguous or null: act(z), where the backward cannot take it from y
+    Pool<T> pool;             // or null
     Activation activation;
     T negative_slope;  // >= 0, of leaky_relu
     int threads;

@@ -323,16 +323,18 @@ template <class T>
 struct WriteForward {
     const CausalConvForward<T>& p;
     Index batch, t0;
+    T *y, *h;  // of the tile, h or null
+    Index row_stride;
 
     template <int rows, int columns>
     PK_INLINE void operator()(Vec<T> (&acc)[rows][columns], Index row, Index column, int last) const {
         activate_tile(acc, p.activation, Vec<T>(p.negative_slope));
-        const Index offset = (batch * p.shape.out_channels + row) * p.shape.length + t0 + column;
-        if (p.h != nullptr)
-            for (int m = 0; m < rows; ++m) store_row(p.h + offset + m * p.shape.length, acc[m], last);
+        const Index offset = row * row_stride + column;
+        if (h != nullptr)
+            for (int m = 0; m < rows; ++m) store_row(h + offset + m * row_stride, acc[m], last);
         add_tile(acc, p.residual, batch, row, t0 + column, last);
 #pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) store_row(p.y + offset + m * p.shape.length, acc[m], last);
+        for (int m = 0; m < rows; ++m) store_row(y + offset + m * row_stride, acc[m], last);
     }
 };
 
@@ -369,6 +371,28 @@ Tiling cut_time(const ConvShape& s, Index column_bytes, Index budget, Index long
 // Panel columns per column of a tile: taps further apart than a tile have windows of their own.
 PK_INLINE Index windows(const ConvShape& s, Index taps) { return s.dilation < 64 ? 1 : taps; }
 
+// The first column of the maximum of row[0], ..., row[n - 1], or of a NaN.
+template <class T>
+Index find_maximum(const T* row, Index n) {
+    constexpr int lanes = Vec<T>::lanes;
+    Vec<T> best(row[0]);
+    Index i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        const Vec<T> v = Vec<T>::load(row + i);
+        best = select_le(v, best, best, v);
+    }
+    T lane[lanes];
+    best.store(lane);
+    T value = row[0];
+    for (T v : lane) value = v > value ? v : value;
+    for (; i < n; ++i) value = row[i] > value ? row[i] : value;
+    Index column = 0;
+    while (column < n && row[column] < value) ++column;  // stops at a NaN as well
+    for (Index j = column; j < n; ++j)
+        if (row[j] != row[j]) return j;
+    return column < n ? column : 0;
+}
+
 template <class T>
 struct ForwardTask {
     const CausalConvForward<T>& p;
@@ -377,6 +401,9 @@ struct ForwardTask {
     const T* packed;
     T* panels;  // one per worker
     Index panel_stride;
+    T* rows;  // per worker, with a pool: y and h of a tile
+    Index rows_stride;
+    Pool<T> tiles;  // the pool of every tile, (B, tile, O)
 
     void operator()(Index tile, int worker) const {
         const ConvShape& s = p.shape;
@@ -384,7 +411,40 @@ struct ForwardTask {
         const Index n = min(tiling.columns, s.length - t0);
         const Panel<T> panel = fill_panel(panels + worker * panel_stride, s, Reach::left, live_taps(s, t0 + n - 1),
                                           s.in_channels, batch, t0, n, CopyRows<T>{p.x});
-        multiply_panel(packed, taps, p.bias, panel, s.out_channels, s.in_channels, n, WriteForward<T>{p, batch, t0});
+        if (p.y != nullptr) {
+            const Index offset = batch * s.out_channels * s.length + t0;
+            multiply(panel, n, {p, batch, t0, p.y + offset, p.h == nullptr ? nullptr : p.h + offset, s.length});
+            return;
+        }
+        T* y = rows + worker * rows_stride;
+        T* h = tiles.h == nullptr ? nullptr : y + s.out_channels * tiling.columns;
+        multiply(panel, n, {p, batch, t0, y, h, tiling.columns});
+        for (Index o = 0; o < s.out_channels; ++o) {
+            const Index best = find_maximum(y + o * tiling.columns, n), out = tile * s.out_channels + o;
+            tiles.value[out] = y[o * tiling.columns + best];
+            tiles.time[out] = t0 + best;
+            if (h != nullptr) tiles.h[out] = h[o * tiling.columns + best];
+        }
+    }
+
+    void multiply(const Panel<T>& panel, Index n, const WriteForward<T>& write) const {
+        multiply_panel(packed, taps, p.bias, panel, p.shape.out_channels, p.shape.in_channels, n, write);
+    }
+
+    // The pool of a sample from those of its tiles.
+    void merge_tiles(Index batch) const {
+        for (Index o = 0; o < p.shape.out_channels; ++o) {
+            const Index stride = p.shape.out_channels, first = batch * tiling.per_sample * stride + o;
+            Index best = first;
+            for (Index i = first + stride; i < first + tiling.per_sample * stride; i += stride) {
+                const T value = tiles.value[best];
+                if (value == value && !(tiles.value[i] <= value)) best = i;
+            }
+            const Index out = batch * stride + o;
+            p.pool.value[out] = tiles.value[best];
+            p.pool.time[out] = tiles.time[best];
+            if (p.pool.h != nullptr) p.pool.h[out] = tiles.h[best];
+        }
     }
 
     static void run(const void* task, Index tile, int worker) { (*static_cast<const ForwardTask*>(task))(tile, worker); }
@@ -400,12 +460,22 @@ void forward(const CausalConvForward<T>& p) {
     const Tiling tiling = cut_time<T>(s, column_bytes, panel_bytes, tile_columns<T>, 8 * workers);
     const Index panel_stride = aligned<T>(s.in_channels * panel_width<T>(s, taps, tiling.columns));
     const Index weights = aligned<T>(s.out_channels * s.in_channels * taps);
-    const Scratch scratch(static_cast<std::size_t>(weights + workers * panel_stride) * sizeof(T));
+    const bool pools = p.pool.value != nullptr, pools_h = p.pool.h != nullptr;
+    const Index rows_stride = pools ? aligned<T>((pools_h ? 2 : 1) * s.out_channels * tiling.columns) : 0;
+    const Index pooled = pools ? aligned<T>(s.batch * tiling.per_sample * s.out_channels) : 0;
+    const Scratch scratch(
+        static_cast<std::size_t>(weights + workers * (panel_stride + rows_stride) + 2 * pooled) * sizeof(T) +
+        static_cast<std::size_t>(pooled) * sizeof(Index));
     T* packed = static_cast<T*>(scratch.data());
     pack_weights(packed, p.weight, s.out_channels, s.in_channels * s.kernel_size, s.in_channels, s.kernel_size,
                  s.kernel_size, taps);
-    const ForwardTask<T> task{p, tiling, taps, packed, packed + weights, panel_stride};
+    T* panels = packed + weights;
+    T* rows = panels + workers * panel_stride;
+    T* values = rows + workers * rows_stride;
+    const Pool<T> tiles{values, reinterpret_cast<Index*>(values + 2 * pooled), pools_h ? values + pooled : nullptr};
+    const ForwardTask<T> task{p, tiling, taps, packed, panels, panel_stride, rows, rows_stride, tiles};
     parallel_tasks(s.batch * tiling.per_sample, workers, ForwardTask<T>::run, &task);
+    for (Index batch = 0; pools && batch < s.batch; ++batch) task.merge_tiles(batch);
 }
 
 // What a group of samples contributes to grad_weight at one tile [t0, t0 + n) of time. dz lies in a panel, sample after

@@ -1,4 +1,4 @@
-// Maximum over time of a convolution's output, and the backward of the convolution behind it.
+// Backward of a causal convolution whose output goes through the maximum over time (Pool in causal_conv.hpp).
 //
 // The gradient of a maximum is zero but at one time per sample and channel. Where the dense backward multiplies whole
 // series, this one touches B * O * K columns: cost 4 B O C K flops, whatever the length, and zeros for the rest of grad_x.
@@ -9,16 +9,6 @@
 #include "causal_conv/causal_conv.hpp"
 
 namespace pk {
-
-// value[b,c] = max_t y[b,c,t] at time[b,c], the first one; NaN wins.
-template <class T>
-struct MaxOverTime {
-    const T* y;  // (rows, length) contiguous, length >= 1
-    T* value;    // (rows)
-    std::int64_t* time;
-    std::int64_t rows, length;
-    int threads;
-};
 
 // Gradients of a causal convolution without activation, whose output gradient is dz[b,o] at time[b,o] and zero elsewhere.
 template <class T>
@@ -33,16 +23,12 @@ struct CausalConvBackwardAt {
     int threads;
 };
 
-void max_over_time(const MaxOverTime<float>&);
-void max_over_time(const MaxOverTime<double>&);
 void causal_conv_backward_at(const CausalConvBackwardAt<float>&);
 void causal_conv_backward_at(const CausalConvBackwardAt<double>&);
 
 #define PK_DECLARE(isa)                                               \
     namespace isa {                                                   \
-    void max_over_time(const MaxOverTime<float>&);                    \
-    void max_over_time(const MaxOverTime<double>&);                   \
-    void causal_conv_backward_at(const CausalConvBackwardAt<float>&); \
+            void causal_conv_backward_at(const CausalConvBackwardAt<float>&); \
     void causal_conv_backward_at(const CausalConvBackwardAt<double>&); \
     }
 PK_FOR_EACH_ISA(PK_DECLARE)

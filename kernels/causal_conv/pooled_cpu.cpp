@@ -21,34 +21,6 @@ constexpr Index max_chunks = 16;
 constexpr Index parallel_elements = 20000;
 
 template <class T>
-void max_of_row(const void* context, Index row, int) {
-    const auto& p = *static_cast<const MaxOverTime<T>*>(context);
-    constexpr int lanes = Vec<T>::lanes;
-    const T* y = p.y + row * p.length;
-    Vec<T> best(y[0]);
-    Index i = 0;
-    for (; i + lanes <= p.length; i += lanes) {
-        const Vec<T> v = Vec<T>::load(y + i);
-        best = select_le(v, best, best, v);
-    }
-    T lane[lanes];
-    best.store(lane);
-    T value = y[0];
-    for (T v : lane) value = v > value ? v : value;
-    for (; i < p.length; ++i) value = y[i] > value ? y[i] : value;
-    // The first time of the maximum, or of a NaN: what went wrong above with one is made up for here.
-    Index time = 0;
-    while (time < p.length && y[time] < value) ++time;
-    for (Index t = 0; t < p.length; ++t)
-        if (y[t] != y[t]) {
-            time = t;
-            break;
-        }
-    p.value[row] = y[time];
-    p.time[row] = time;
-}
-
-template <class T>
 struct BackwardAt {
     const CausalConvBackwardAt<T>& p;
     Index taps;    // that can see data
@@ -151,15 +123,8 @@ void backward_at(const CausalConvBackwardAt<T>& p) {
     if (p.grad_weight != nullptr) parallel_tasks(s.out_channels, workers, BackwardAt<T>::run_finish, &task);
 }
 
-template <class T>
-void max_of_rows(const MaxOverTime<T>& p) {
-    parallel_tasks(p.rows, p.rows * p.length < parallel_elements ? 1 : p.threads, max_of_row<T>, &p);
-}
-
 }  // namespace
 
-void max_over_time(const MaxOverTime<float>& p) { max_of_rows(p); }
-void max_over_time(const MaxOverTime<double>& p) { max_of_rows(p); }
 void causal_conv_backward_at(const CausalConvBackwardAt<float>& p) { backward_at(p); }
 void causal_conv_backward_at(const CausalConvBackwardAt<double>& p) { backward_at(p); }
 

@@ -23,7 +23,7 @@ from pykernels.ops.causal_conv.op import (
     run_backward,
     run_backward_at,
     run_forward,
-    run_max_over_time,
+    run_forward_max,
 )
 
 _ACTIVATION = "leaky_relu"
@@ -261,10 +261,12 @@ def _max_forward_cpu(
     negative_slope: float,
     save: bool,
 ) -> list[Tensor]:
-    tensors = (x, weight1, bias1, weight2, bias2, skip_weight, skip_bias)
-    y, *saved = _forward_cpu(*tensors, dilation, negative_slope, save)
-    value, time = run_max_over_time(y)
-    return [value, time, saved[0], saved[1].gather(2, time[..., None])[..., 0]] if save else [value]
+    residual = x
+    if skip_weight is not None:
+        residual = run_forward(x, skip_weight, skip_bias, None, 1, "none", negative_slope, None)
+    h1 = run_forward(x, weight1, bias1, None, dilation, _ACTIVATION, negative_slope, None)
+    value, time, h2 = run_forward_max(h1, weight2, bias2, residual, dilation, _ACTIVATION, negative_slope)
+    return [value, time, h1, h2] if save else [value]
 
 
 def _max_backward_cpu(

@@ -70,19 +70,51 @@ def run_forward(
     negative_slope: float,
     activated: Tensor | None,
 ) -> Tensor:
+    """y, and act(z) into ``activated`` if given."""
+    y = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
+    outputs = (y.data_ptr(), 0 if activated is None else activated.data_ptr(), (0, 0, 0))
+    _launch_forward(x, weight, bias, residual, dilation, activation, negative_slope, outputs)
+    return y
+
+
+def run_forward_max(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dilation: int,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum of y over time, the first time it is reached, and act(z) there, each (B, O). y is not written."""
+    shape = (x.shape[0], weight.shape[0])
+    value, time, h = x.new_empty(shape), x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
+    outputs = (0, 0, (value.data_ptr(), time.data_ptr(), h.data_ptr()))
+    if value.numel() > 0:
+        _launch_forward(x, weight, bias, residual, dilation, activation, negative_slope, outputs)
+    return value, time, h
+
+
+def _launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dilation: int,
+    activation: str,
+    negative_slope: float,
+    outputs: tuple[int, int, tuple[int, int, int]],
+) -> None:
     assert _native.cpu is not None
     x, weight = plain(x), plain(weight).contiguous()
-    y = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
-    bias_address = residual_address = activated_address = 0
+    bias_address = residual_address = 0
     residual_strides: _Strides = (0, 0, 1)
     if bias is not None:
         bias = plain(bias).contiguous()
-        bias_address = address(bias, (weight.shape[0],), x.dtype, "bias")
+        bias_address = address(bias, weight.shape[:1], x.dtype, "bias")
     if residual is not None:
         residual, residual_strides = _rows(residual)
-        residual_address = address(residual, y.shape, x.dtype, "residual")
-    if activated is not None:
-        activated_address = activated.data_ptr()
+        residual_address = address(residual, (x.shape[0], weight.shape[0], x.shape[2]), x.dtype, "residual")
     _native.cpu.causal_conv1d_forward(
         IS_DOUBLE[x.dtype],
         x.shape,
@@ -94,13 +126,11 @@ def run_forward(
         bias_address,
         residual_address,
         residual_strides,
-        y.data_ptr(),
-        activated_address,
+        *outputs,
         ACTIVATIONS[activation],
         negative_slope,
         torch.get_num_threads(),
     )
-    return y
 
 
 def _forward_cpu(
@@ -186,22 +216,6 @@ def run_backward(
         torch.get_num_threads(),
     )
     return gradients
-
-
-def run_max_over_time(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The maximum over time of y (B, C, T), contiguous, and when it is first reached, both (B, C)."""
-    assert _native.cpu is not None
-    value, time = y.new_empty(y.shape[:2]), y.new_empty(y.shape[:2], dtype=torch.int64)
-    _native.cpu.max_over_time(
-        IS_DOUBLE[y.dtype],
-        y.data_ptr(),
-        value.numel(),
-        y.shape[2],
-        value.data_ptr(),
-        time.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return value, time
 
 
 def run_backward_at(
