@@ -375,22 +375,29 @@ PK_INLINE Index windows(const ConvShape& s, Index taps) { return s.dilation < 64
 template <class T>
 Index find_maximum(const T* row, Index n) {
     constexpr int lanes = Vec<T>::lanes;
-    Vec<T> best(row[0]);
-    Index i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        const Vec<T> v = Vec<T>::load(row + i);
+    Vec<T> best(row[0]), is_number(T(1));
+    const auto take = [&](Vec<T> v) {
         best = select_le(v, best, best, v);
-    }
-    T lane[lanes];
+        is_number = select_le(v, v, is_number, Vec<T>(T(0)));
+    };
+    Index i = 0;
+    for (; i + lanes <= n; i += lanes) take(Vec<T>::load(row + i));
+    for (; i < n; ++i) take(Vec<T>(row[i]));
+    T lane[lanes], numbers[lanes];
     best.store(lane);
-    T value = row[0];
-    for (T v : lane) value = v > value ? v : value;
-    for (; i < n; ++i) value = row[i] > value ? row[i] : value;
+    is_number.store(numbers);
+    T value = lane[0];
+    bool all_numbers = true;
+    for (int i = 0; i < lanes; ++i) {
+        value = lane[i] > value ? lane[i] : value;
+        all_numbers = all_numbers && numbers[i] > T(0);
+    }
     Index column = 0;
-    while (column < n && row[column] < value) ++column;  // stops at a NaN as well
-    for (Index j = column; j < n; ++j)
-        if (row[j] != row[j]) return j;
-    return column < n ? column : 0;
+    if (all_numbers)
+        while (row[column] < value) ++column;
+    else
+        while (row[column] == row[column]) ++column;
+    return column;
 }
 
 template <class T>

@@ -3,8 +3,8 @@
 //     seen  row i  [ x(., t_i) ]   C     t_1 < t_2 < ... the times time[b,o] - j*dilation, each once
 //     grad  row i  [ grad_x(., t_i) ]
 //
-// and the rows of grad are scattered into the zeroed grad_x. Samples form chunks, each with its own partial grad_weight; their
-// number depends on the batch alone.
+// and the rows of grad are scattered into the zeroed grad_x. Samples form chunks, each with its own partial grad_weight;
+// their number depends on the batch alone.
 
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,7 @@
 PK_ISA_BEGIN
 namespace {
 
-constexpr Index max_chunks = 16;
+constexpr Index max_chunks = 4;  // of samples: each needs a partial grad_weight, which costs as much as the products
 constexpr Index parallel_elements = 20000;
 
 template <class T>

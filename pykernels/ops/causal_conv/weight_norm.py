@@ -41,9 +41,10 @@ def weight_norm(v: Sequence[Tensor], g: Sequence[Tensor], *, backend: str | None
     if len(v) != len(g) or not v:
         raise ValueError(f"v and g must be equally many tensors, at least one, got {len(v)} and {len(g)}")
     for i, (direction, norm) in enumerate(zip(v, g, strict=True)):
-        if direction.dim() < 2 or norm.numel() != direction.shape[0]:
+        if direction.dim() < 2 or direction.numel() == 0 or norm.numel() != direction.shape[0]:
             raise ValueError(
-                f"g[{i}] must have one element per row of v[{i}], got {tuple(norm.shape)} for {tuple(direction.shape)}"
+                f"v[{i}] must have at least one row and g[{i}] one element for each, "
+                f"got {tuple(direction.shape)} and {tuple(norm.shape)}"
             )
         if {direction.dtype, norm.dtype} != {v[0].dtype} or {direction.device, norm.device} != {v[0].device}:
             raise ValueError(f"v[{i}] and g[{i}] must have the dtype and device of v[0], {v[0].dtype} on {v[0].device}")
@@ -71,13 +72,11 @@ def _run_compiled(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
 
 def _forward_cpu(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
     assert _native.cpu is not None
-    v, g = [plain(t).contiguous() for t in v], [plain(t).contiguous() for t in g]
-    w = [torch.empty_like(t) for t in v]
     dtype = v[0].dtype
+    v, g = _contiguous(v, dtype), _contiguous(g, dtype)
+    w = [torch.empty_like(t) for t in v]
     records = [
-        (*_addresses(dtype, a, b), c.data_ptr(), a.shape[0], a.numel() // a.shape[0])
-        for a, b, c in zip(v, g, w, strict=True)
-        if a.numel() > 0
+        (a.data_ptr(), b.data_ptr(), c.data_ptr(), _rows(a, b), a[0].numel()) for a, b, c in zip(v, g, w, strict=True)
     ]
     _native.cpu.weight_norm_forward(IS_DOUBLE[dtype], records, torch.get_num_threads())
     return w
@@ -85,31 +84,37 @@ def _forward_cpu(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
 
 def _backward_cpu(grad_w: list[Tensor], v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
     assert _native.cpu is not None
-    grad_w = [plain(t).contiguous() for t in grad_w]
-    v, g = [plain(t).contiguous() for t in v], [plain(t).contiguous() for t in g]
-    grad_v, grad_g = [torch.empty_like(t) for t in v], [torch.empty_like(t) for t in g]
     dtype = v[0].dtype
+    v, g, grad_w = _contiguous(v, dtype), _contiguous(g, dtype), _contiguous(grad_w, dtype)
+    grad_v, grad_g = [torch.empty_like(t) for t in v], [torch.empty_like(t) for t in g]
     records = [
         (
-            *_addresses(dtype, a, b),
+            a.data_ptr(),
+            b.data_ptr(),
             address(d, a.shape, dtype, "grad_w"),
             grad_a.data_ptr(),
             grad_b.data_ptr(),
-            a.shape[0],
-            a.numel() // a.shape[0],
+            _rows(a, b),
+            a[0].numel(),
         )
         for a, b, d, grad_a, grad_b in zip(v, g, grad_w, grad_v, grad_g, strict=True)
-        if a.numel() > 0
     ]
     _native.cpu.weight_norm_backward(IS_DOUBLE[dtype], records, torch.get_num_threads())
     return grad_v + grad_g
 
 
-def _addresses(dtype: torch.dtype, direction: Tensor, norm: Tensor) -> tuple[int, int]:
-    return (
-        address(direction, direction.shape, dtype, "v"),
-        address(norm.reshape(-1), direction.shape[:1], dtype, "g"),
-    )
+def _contiguous(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What the kernel can read: of one dtype, on the CPU, dense."""
+    if any(t.dtype != dtype or not t.is_cpu for t in tensors):
+        raise ValueError(f"all tensors must have dtype {dtype} and be on the CPU; call pykernels.ops.weight_norm")
+    return [plain(t) if t.is_contiguous() else plain(t).contiguous() for t in tensors]
+
+
+def _rows(direction: Tensor, norm: Tensor) -> int:
+    rows = direction.shape[0]
+    if norm.numel() != rows or rows == 0:
+        raise ValueError(f"g must have one element per row of v, got {tuple(norm.shape)} for {tuple(direction.shape)}")
+    return rows
 
 
 def _forward_fake(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
