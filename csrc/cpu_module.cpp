@@ -74,8 +74,12 @@ void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides
                            std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
                            std::uintptr_t h, const Addresses& pool, int activation, double negative_slope,
                            int threads) {
-    if (y == 0 && (std::get<0>(pool) == 0 || std::get<1>(pool) == 0 || std::get<2>(x_shape) == 0))
+    const auto [pool_value, pool_time, pool_h] = pool;
+    const auto [batch, in_channels, length] = x_shape;
+    if (pool_value != 0 && (pool_time == 0 || length == 0))
         throw std::invalid_argument("a pool needs values, times and at least one sample");
+    if (pool_value == 0 && y == 0 && batch > 0 && length > 0)  // an empty tensor has no address
+        throw std::invalid_argument("there is nowhere to write the output to");
     if (residual != 0 && std::get<2>(residual_strides) != 1)
         throw std::invalid_argument("the residual's time stride must be 1");
     (is_double ? forward<double> : forward<float>)(conv_shape(x_shape, weight_shape, dilation), x, x_strides, weight, bias,
