@@ -141,7 +141,7 @@ def results(function: Callable[..., Tensor], tensors: dict[str, Tensor], grad: T
     """The output as ``"y"``, and the gradient of every tensor by its name."""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     y = function(**leaves, **options)
-    gradients = torch.autograd.grad(y, list(leaves.values()), grad)
+    gradients = torch.autograd.grad(y, list(leaves.values()), grad, materialize_grads=True)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 

@@ -172,7 +172,9 @@ def block_tensors(block, dtype, seed=0):
 def block_of(one):
     """The block as its equation, of single convolutions computed by ``one``."""
 
-    def block(x, weight1, weight2, *, dilation, negative_slope, bias1=None, bias2=None, skip_weight=None, skip_bias=None):
+    def block(
+        x, weight1, weight2, *, dilation, negative_slope, bias1=None, bias2=None, skip_weight=None, skip_bias=None
+    ):
         activated = {"dilation": dilation, "activation": "leaky_relu", "negative_slope": negative_slope}
         h = one(one(x, weight1, bias1, **activated), weight2, bias2, **activated)
         if skip_weight is None:

@@ -1,0 +1,248 @@
+"""Where the operators read and write: strides, uninitialised outputs, and what lies beside a tensor in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pykernels.ops import causal_conv1d, causal_conv_block, weight_norm
+
+from .cases import CASES, FEW, Case, assert_agree, definition, results
+
+NAN = float("nan")
+
+
+def inside(t: Tensor) -> Tensor:
+    """The values of ``t``, as a view into memory that holds NaN everywhere around it and between its rows."""
+    buffer = t.new_full([n + 6 for n in t.shape], NAN)
+    view = buffer[(slice(3, -3),) * t.dim()]
+    return view.copy_(t)
+
+
+def every_second(t: Tensor) -> Tensor:
+    view = t.new_full([2 * n for n in t.shape], NAN)[(slice(None, None, 2),) * t.dim()]
+    return view.copy_(t)
+
+
+def last_dimension_first(t: Tensor) -> Tensor:
+    return inside(t.movedim(-1, 0)).movedim(0, -1)
+
+
+def first_dimension_last(t: Tensor) -> Tensor:
+    return inside(t.movedim(0, -1)).movedim(-1, 0)
+
+
+def odd_offset(t: Tensor) -> Tensor:
+    buffer = t.new_full((t.numel() + 14,), NAN)
+    return buffer.as_strided(t.shape, t.contiguous().stride(), 7).copy_(t)
+
+
+def negated(t: Tensor) -> Tensor:
+    view = torch._neg_view(inside(-t))
+    assert view.is_neg()
+    return view
+
+
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    inside,
+    every_second,
+    last_dimension_first,
+    first_dimension_last,
+    odd_offset,
+    negated,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_any_strides(case: Case, dtype, layout, capability):
+    """The same bits as for contiguous tensors, whichever argument is laid out otherwise, and if all are."""
+    tensors, grad = case.tensors(dtype), case.grad(dtype)
+    expected = results(causal_conv1d, tensors, grad, backend="cpu", **case.options())
+    assert all(t.isfinite().all() for t in expected.values())
+    for changed in [{name} for name in (*tensors, "grad")] + [{*tensors, "grad"}]:
+        views = {name: layout(t) if name in changed else t for name, t in tensors.items()}
+        grad_view = layout(grad) if "grad" in changed else grad
+        actual = results(causal_conv1d, views, grad_view, backend="cpu", **case.options())
+        for name, t in actual.items():
+            assert torch.equal(t, expected[name]), (changed, name)
+    assert actual["y"].is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_block_and_weight_norm(layout, capability):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(3, 5, 70), (7, 5, 3), (7,), (4, 7, 3), (4,), (4, 5, 1), (4,)]
+    tensors = [torch.randn(s, generator=g) for s in shapes]
+    grad = torch.randn(3, 4, 70, generator=g)
+
+    def run(change):
+        leaves = [change(t).detach().requires_grad_() for t in tensors]
+        y = causal_conv_block(*leaves, dilation=8, backend="cpu")
+        w = weight_norm([leaves[1], leaves[3]], [leaves[2], leaves[4]], backend="cpu")
+        outputs = [y, *w]
+        gradients = [change(grad), change(tensors[1]), change(tensors[3])]
+        return outputs + list(torch.autograd.grad(outputs, leaves, gradients))
+
+    for actual, expected in zip(run(layout), run(lambda t: t), strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_expanded(dim, capability):
+    """Strides of 0 in every argument, and in the gradient that ``sum`` sends back."""
+    case = Case(3, 5, 4, 97, 3, 4, "tanh")
+    tensors = {name: t.narrow(min(dim, t.dim() - 1), 0, 1).expand(t.shape) for name, t in case.tensors(torch.float64).items()}  # fmt: skip
+    assert all(0 in t.stride() for t in tensors.values())
+    copies = {name: t.contiguous() for name, t in tensors.items()}
+    grad = torch.ones((), dtype=torch.float64).expand(3, 4, 97)
+    expected = results(definition, copies, grad.contiguous(), **case.options())
+    assert_agree(results(causal_conv1d, tensors, grad, backend="cpu", **case.options()), expected)
+    leaves = {name: t.requires_grad_() for name, t in copies.items()}
+    causal_conv1d(**leaves, backend="cpu", **case.options()).sum().backward()
+    assert_agree({name: t.grad for name, t in leaves.items()}, {name: expected[name] for name in leaves})
+
+
+def test_flipped(capability):
+    case = Case(2, 3, 4, 50, 3, 4, "relu")
+    tensors, grad = case.tensors(torch.float64), case.grad(torch.float64)
+    tensors = {name: t.flip(-1) for name, t in tensors.items()}
+    expected = results(definition, tensors, grad.flip(-1), **case.options())
+    assert_agree(results(causal_conv1d, tensors, grad.flip(-1), backend="cpu", **case.options()), expected)
+
+
+def test_shared_memory(capability):
+    """x as its own residual, and the bias as a slice of the weight's storage."""
+    case = Case(2, 5, 5, 60, 3, 4, "tanh", residual=False)
+    tensors, grad = case.tensors(torch.float64), case.grad(torch.float64)
+    x, weight = (tensors[name].requires_grad_() for name in ("x", "weight"))
+
+    def run(function, **backend):
+        y = function(x, weight, weight[:, 0, 0], residual=x, **backend, **case.options())
+        return dict(zip(("y", "x", "weight"), (y.detach(), *torch.autograd.grad(y, (x, weight), grad)), strict=True))
+
+    assert_agree(run(causal_conv1d, backend="cpu"), run(definition))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_output_is_written(dtype, capability, poisoned):
+    for case in [*CASES[:18:2], *FEW, *CASES[18::4]]:
+        tensors, grad = case.tensors(dtype), case.grad(dtype)
+        actual = results(causal_conv1d, tensors, grad, backend="cpu", **case.options())
+        if dtype == torch.float64:
+            expected = results(definition, tensors, grad, **case.options())
+            assert_agree(actual, expected, case)
+        assert all(t.isfinite().all() for t in actual.values()), case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_output_of_block_and_weight_norm_is_written(dtype, capability, poisoned):
+    for batch, length in ((3, 70), (0, 70), (3, 0), (1, 1)):
+        shapes = [(batch, 5, length), (7, 5, 3), (7,), (4, 7, 3), (4,), (4, 5, 1), (4,)]
+        leaves = [torch.ones(s, dtype=dtype, requires_grad=True) for s in shapes]
+        outputs = [causal_conv_block(*leaves, dilation=8, backend="cpu"), *weight_norm([leaves[1]], [leaves[2]])]
+        gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+        assert all(t.isfinite().all() for t in (*outputs, *gradients))
+
+
+GUARDED = """
+import ctypes, itertools, mmap, sys
+import torch
+import pykernels
+from pykernels.ops import causal_conv1d, causal_conv_block, weight_norm
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []  # the memory of tensors that are still alive
+
+
+def guarded(shape, dtype, at_end):
+    "A tensor that starts behind, or ends in front of, a page that must not be touched."
+    count = 1
+    for n in shape:
+        count *= n
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    size = count * dtype.itemsize
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    kept.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        if libc.mprotect(ctypes.c_void_p(address + page * PAGE), ctypes.c_size_t(PAGE), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    t = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+    return t.fill_(float("nan"))
+
+
+if sys.argv[1] == "self-test":
+    t = guarded((5,), torch.float32, True)
+    print("read outside:", ctypes.c_float.from_address(t.data_ptr() + 20).value)
+    sys.exit()
+
+at_end = sys.argv[1] == "end"
+made = 0
+
+
+def new_empty(self, *size, dtype=None, **_):
+    global made
+    made += 1
+    shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    return guarded(tuple(shape), dtype or self.dtype, at_end)
+
+
+torch.Tensor.new_empty = new_empty
+torch.empty_like = lambda t, **_: new_empty(t, t.shape)
+torch.set_num_threads(2)
+
+
+def random(*shape):
+    return guarded(shape, dtype, at_end).copy_(torch.randn(shape)).requires_grad_()
+
+
+for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float32, torch.float64)):
+    pykernels.set_cpu_capability(name)
+    for batch, c, o, length, k, dilation in [
+        (1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 3, 2), (3, 8, 9, 17, 3, 1), (2, 41, 40, 33, 3, 5), (1, 13, 7, 385, 2, 64),
+        (2, 5, 4, 400, 3, 150), (10, 40, 40, 150, 3, 16), (1, 2, 3, 1100, 5, 63), (2, 1, 2, 5, 64, 2**40),
+    ]:
+        for activation in ("tanh", None):
+            tensors = [random(batch, c, length), random(o, c, k), random(o)]
+            residual = random(batch, o, length)
+            y = causal_conv1d(*tensors, dilation=dilation, activation=activation, residual=residual, backend="cpu")
+            gradients = torch.autograd.grad(y, [*tensors, residual], random(batch, o, length).detach())
+            assert all(bool(t.isfinite().all()) for t in (y, *gradients))
+        tensors = [random(batch, c, length), random(o, c, k), random(o), random(c, o, k), random(c)]
+        y = causal_conv_block(*tensors, dilation=dilation, backend="cpu")
+        w = weight_norm([tensors[1]], [tensors[2]], backend="cpu")
+        gradients = torch.autograd.grad([y, *w], tensors, [random(*t.shape).detach() for t in (y, *w)])
+        assert all(bool(t.isfinite().all()) for t in (y, *w, *gradients))
+        del tensors, residual, y, w, gradients
+        kept.clear()
+assert made > 500, made
+print("done")
+"""
+
+
+def run_guarded(mode: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-P", "-c", GUARDED, mode], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect through ctypes")
+def test_no_access_outside_the_tensors():
+    """Every argument and result lies against a page without access, once with its end and once with its start."""
+    self_test = run_guarded("self-test")
+    assert self_test.returncode < 0, "a page that must not be touched can be read"
+    assert "read outside" not in self_test.stdout
+    for mode in ("start", "end"):
+        run = run_guarded(mode)
+        assert run.returncode == 0, (mode, run.returncode, run.stderr[-2000:])
+        assert run.stdout == "done\n"
