@@ -80,7 +80,7 @@ class PlainCausalCNNEncoder(nn.Module):
         self.linear = nn.Linear(reduced_size, out_channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(self.blocks(x).amax(2))
+        y: Tensor = self.linear(self.blocks(x).max(2).values)
         return y
 
     def folded(self) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
-from pykernels.ops import causal_conv1d, causal_conv_block, causal_conv_block_max
+from pykernels.ops import BlockWeights, causal_conv1d, causal_conv_block, causal_conv_stack
 from pykernels.ops import weight_norm as weight_norm_op
 
 
@@ -155,23 +155,18 @@ class CausalConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_weights(x, self.conv1.weight, self.conv2.weight)
-
-    def apply_weights(self, x: Tensor, weight1: Tensor, weight2: Tensor, *, pool: bool = False) -> Tensor:
-        """The block with these normalised weights in place of its own; with ``pool``, its maximum over time."""
-        skip = (None, None) if self.skip is None else (self.skip.weight, self.skip.bias)
-        function = causal_conv_block_max if pool else causal_conv_block
-        return function(
+        return causal_conv_block(
             x,
-            weight1,
-            self.conv1.bias,
-            weight2,
-            self.conv2.bias,
-            *skip,
+            *self.weights(self.conv1.weight, self.conv2.weight),
             dilation=self.conv1.dilation[0],
             negative_slope=self.conv1.negative_slope,
             backend=self.conv1.backend,
         )
+
+    def weights(self, weight1: Tensor, weight2: Tensor) -> BlockWeights:
+        """The tensors of the block, with these in place of its own two normalised weights."""
+        skip = (None, None) if self.skip is None else (self.skip.weight, self.skip.bias)
+        return BlockWeights(weight1, self.conv1.bias, weight2, self.conv2.bias, *skip)
 
 
 class CausalCNNEncoder(nn.Module):
@@ -224,10 +219,15 @@ class CausalCNNEncoder(nn.Module):
         if x.dim() != 3 or x.shape[2] == 0:
             raise ValueError(f"x must have shape (batch, channels, time) with at least one sample, got {tuple(x.shape)}")
         weights = self._normalised_weights()
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = block.apply_weights(x, weights[2 * i], weights[2 * i + 1], pool=i == last)
-        y: Tensor = self.linear(x)
+        features = causal_conv_stack(
+            x,
+            [block.weights(*weights[2 * i : 2 * i + 2]) for i, block in enumerate(self.blocks)],
+            [block.conv1.dilation[0] for block in self.blocks],
+            negative_slope=self.blocks[0].conv1.negative_slope,
+            pool=True,
+            backend=self.backend,
+        )
+        y: Tensor = self.linear(features)
         return y
 
     @contextmanager

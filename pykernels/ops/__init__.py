@@ -1,5 +1,5 @@
 """Operators, one folder per family."""
 
-from pykernels.ops.causal_conv import causal_conv1d, causal_conv_block, causal_conv_block_max, weight_norm
+from pykernels.ops.causal_conv import BlockWeights, causal_conv1d, causal_conv_block, causal_conv_stack, weight_norm
 
-__all__ = ["causal_conv1d", "causal_conv_block", "causal_conv_block_max", "weight_norm"]
+__all__ = ["BlockWeights", "causal_conv1d", "causal_conv_block", "causal_conv_stack", "weight_norm"]

@@ -56,12 +56,12 @@ def causal_conv1d(
     """
     if activation is None:
         activation = "none"
-    check_arguments(x, weight, bias, dilation, activation, negative_slope, residual)
+    _check_arguments(x, weight, bias, dilation, activation, negative_slope, residual)
     implementation = select(_OPERATOR, backend, x)
     return implementation.run(x, weight, bias, residual, dilation, activation, negative_slope)
 
 
-def check_arguments(
+def _check_arguments(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -70,12 +70,7 @@ def check_arguments(
     negative_slope: float,
     residual: Tensor | None,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape (batch, channels, time), got {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+    check_input(x)
     batch, channels, length = x.shape
     check_weight(weight, "weight", channels, x)
     out_channels = weight.shape[0]
@@ -88,6 +83,21 @@ def check_arguments(
                 f"residual must have the shape of the output, {(batch, out_channels, length)}, got {tuple(residual.shape)}"
             )
         _check_like(residual, "residual", x)
+    check_options(dilation, activation, negative_slope)
+
+
+def check_input(x: Tensor) -> None:
+    """Raise unless x can be (batch, channels, time) data."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (batch, channels, time), got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+
+
+def check_options(dilation: int, activation: str, negative_slope: float) -> None:
+    """Raise unless the options make sense."""
     if not isinstance(dilation, (int, torch.SymInt)) or isinstance(dilation, bool):
         raise TypeError(f"dilation must be an integer, got {type(dilation).__name__}")
     if not 1 <= dilation < 2**62:

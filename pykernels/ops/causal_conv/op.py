@@ -35,14 +35,14 @@ forward_activated_op = torch.ops.pykernels.causal_conv1d_activated.default
 backward_op = torch.ops.pykernels.causal_conv1d_backward.default
 
 IS_DOUBLE = {torch.float32: False, torch.float64: True}
-_Strides = tuple[int, int, int]
+Strides = tuple[int, int, int]
 
 
 def plain(t: Tensor) -> Tensor:
     return t.resolve_neg() if t.is_neg() else t
 
 
-def _rows(t: Tensor) -> tuple[Tensor, _Strides]:
+def rows(t: Tensor) -> tuple[Tensor, Strides]:
     """``t`` with a time stride of 1, and its strides."""
     t = plain(t)
     if t.stride(2) != 1:
@@ -60,7 +60,7 @@ def address(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) ->
     return t.data_ptr()
 
 
-def run_forward(
+def _run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -71,50 +71,17 @@ def run_forward(
     activated: Tensor | None,
 ) -> Tensor:
     """y, and act(z) into ``activated`` if given."""
-    y = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
-    outputs = (y.data_ptr(), 0 if activated is None else activated.data_ptr(), (0, 0, 0))
-    _launch_forward(x, weight, bias, residual, dilation, activation, negative_slope, outputs)
-    return y
-
-
-def run_forward_max(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum of y over time, the first time it is reached, and act(z) there, each (B, O). y is not written."""
-    shape = (x.shape[0], weight.shape[0])
-    value, time, h = x.new_empty(shape), x.new_empty(shape, dtype=torch.int64), x.new_empty(shape)
-    outputs = (0, 0, (value.data_ptr(), time.data_ptr(), h.data_ptr()))
-    if value.numel() > 0:
-        _launch_forward(x, weight, bias, residual, dilation, activation, negative_slope, outputs)
-    return value, time, h
-
-
-def _launch_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-    outputs: tuple[int, int, tuple[int, int, int]],
-) -> None:
     assert _native.cpu is not None
     x, weight = plain(x), plain(weight).contiguous()
+    y = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
     bias_address = residual_address = 0
-    residual_strides: _Strides = (0, 0, 1)
+    residual_strides: Strides = (0, 0, 1)
     if bias is not None:
         bias = plain(bias).contiguous()
         bias_address = address(bias, weight.shape[:1], x.dtype, "bias")
     if residual is not None:
-        residual, residual_strides = _rows(residual)
-        residual_address = address(residual, (x.shape[0], weight.shape[0], x.shape[2]), x.dtype, "residual")
+        residual, residual_strides = rows(residual)
+        residual_address = address(residual, y.shape, x.dtype, "residual")
     _native.cpu.causal_conv1d_forward(
         IS_DOUBLE[x.dtype],
         x.shape,
@@ -126,11 +93,14 @@ def _launch_forward(
         bias_address,
         residual_address,
         residual_strides,
-        *outputs,
+        y.data_ptr(),
+        0 if activated is None else activated.data_ptr(),
+        (0, 0, 0),
         ACTIVATIONS[activation],
         negative_slope,
         torch.get_num_threads(),
     )
+    return y
 
 
 def _forward_cpu(
@@ -142,7 +112,7 @@ def _forward_cpu(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    return run_forward(x, weight, bias, residual, dilation, activation, negative_slope, None)
+    return _run_forward(x, weight, bias, residual, dilation, activation, negative_slope, None)
 
 
 def _forward_activated_cpu(
@@ -155,7 +125,7 @@ def _forward_activated_cpu(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     h = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
-    return run_forward(x, weight, bias, residual, dilation, activation, negative_slope, h), h
+    return _run_forward(x, weight, bias, residual, dilation, activation, negative_slope, h), h
 
 
 def _gradients_like(
@@ -166,81 +136,6 @@ def _gradients_like(
         weight.new_empty(weight.shape if need_weight else (0,)),
         weight.new_empty(weight.shape[:1] if need_bias else (0,)),
     )
-
-
-def run_backward(
-    grad_y: Tensor,
-    activated: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    addend: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias, empty where not needed; ``addend``, of x's shape, is added to that of x."""
-    assert _native.cpu is not None
-    weight, grad_y = plain(weight).contiguous(), plain(grad_y)
-    x, x_strides = _rows(x)
-    gradients = _gradients_like(x, weight, need_x, need_weight, need_bias)
-    shape = (x.shape[0], weight.shape[0], x.shape[2])
-    if activated is None and activation != "none":
-        raise ValueError(f"activation {activation!r} needs the activated output")
-    h = grad_y if activated is None else plain(activated)
-    addend_address, addend_strides = 0, (0, 0, 1)
-    if addend is not None:
-        addend, addend_strides = _rows(addend)
-        addend_address = address(addend, x.shape, x.dtype, "addend")
-    _native.cpu.causal_conv1d_backward(
-        IS_DOUBLE[x.dtype],
-        x.shape,
-        weight.shape,
-        dilation,
-        address(grad_y, shape, x.dtype, "grad_y"),
-        grad_y.stride(),
-        address(h, shape, x.dtype, "activated"),
-        h.stride(),
-        x.data_ptr(),
-        x_strides,
-        address(weight, weight.shape, x.dtype, "weight"),
-        addend_address,
-        addend_strides,
-        gradients[0].data_ptr() if need_x else 0,
-        gradients[1].data_ptr() if need_weight else 0,
-        gradients[2].data_ptr() if need_bias else 0,
-        ACTIVATIONS[activation],
-        negative_slope,
-        torch.get_num_threads(),
-    )
-    return gradients
-
-
-def run_backward_at(
-    dz: Tensor, time: Tensor, x: Tensor, weight: Tensor, dilation: int, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`run_backward` of a convolution without activation whose output gradient is dz (B, O) at ``time``, else 0."""
-    assert _native.cpu is not None
-    weight, dz, time, x = plain(weight).contiguous(), plain(dz).contiguous(), time.contiguous(), plain(x)
-    grad_x, grad_weight, _ = _gradients_like(x, weight, need_x, need_weight, False)
-    shape = (x.shape[0], weight.shape[0])
-    _native.cpu.causal_conv1d_backward_at(
-        IS_DOUBLE[x.dtype],
-        x.shape,
-        weight.shape,
-        dilation,
-        address(dz, shape, x.dtype, "dz"),
-        address(time, shape, torch.int64, "time"),
-        x.data_ptr(),
-        x.stride(),
-        address(weight, weight.shape, x.dtype, "weight"),
-        grad_x.data_ptr() if need_x else 0,
-        grad_weight.data_ptr() if need_weight else 0,
-        torch.get_num_threads(),
-    )
-    return grad_x, grad_weight, dz.sum(0) if need_bias else dz.new_empty(0)
 
 
 def _backward_cpu(
@@ -255,9 +150,36 @@ def _backward_cpu(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run_backward(
-        grad_y, activated, x, weight, dilation, activation, negative_slope, need_x, need_weight, need_bias, None
+    assert _native.cpu is not None
+    weight, grad_y = plain(weight).contiguous(), plain(grad_y)
+    x, x_strides = rows(x)
+    gradients = _gradients_like(x, weight, need_x, need_weight, need_bias)
+    shape = (x.shape[0], weight.shape[0], x.shape[2])
+    if activated is None and activation != "none":
+        raise ValueError(f"activation {activation!r} needs the activated output")
+    h = grad_y if activated is None else plain(activated)
+    _native.cpu.causal_conv1d_backward(
+        IS_DOUBLE[x.dtype],
+        x.shape,
+        weight.shape,
+        dilation,
+        address(grad_y, shape, x.dtype, "grad_y"),
+        grad_y.stride(),
+        address(h, shape, x.dtype, "activated"),
+        h.stride(),
+        x.data_ptr(),
+        x_strides,
+        address(weight, weight.shape, x.dtype, "weight"),
+        0,
+        (0, 0, 1),
+        gradients[0].data_ptr() if need_x else 0,
+        gradients[1].data_ptr() if need_weight else 0,
+        gradients[2].data_ptr() if need_bias else 0,
+        ACTIVATIONS[activation],
+        negative_slope,
+        torch.get_num_threads(),
     )
+    return gradients
 
 
 def _forward_fake(

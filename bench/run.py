@@ -1,0 +1,230 @@
+"""Benchmarks against plain PyTorch on this machine: ``python bench/run.py``.
+
+Every result is checked in the run that times it. Writes medians, spreads, the machine and its measured limits to a
+JSON file, and the figure drawn from that file. Refuses to report where other processes keep the machine busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import ChannelsLastEncoder, as_image, channels_last_layer, plain_layer
+from figure import draw
+from measure import ALLOWED_LOAD, Contender, Load, compare, copy_rate, gemm_rate, machine
+from torch import Tensor
+
+import pykernels
+from pykernels.models._plain import PlainCausalCNNEncoder
+from pykernels.nn import CausalCNNEncoder
+
+RESULTS = Path(__file__).parent / "results"
+#: Largest difference from the plain result, relative to its largest element, of a float32 result that counts.
+ALLOWED_ERROR = 1e-4
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).abs().max() / expected.abs().max())
+
+
+def live_flops(batch: int, in_channels: int, out_channels: int, length: int, kernel_size: int, dilation: int) -> int:
+    """Multiplications and additions of a causal convolution, without taps that reach before the start."""
+    live = sum(max(0, length - tap * dilation) for tap in range(kernel_size))
+    return 2 * batch * in_channels * out_channels * live
+
+
+def encoder_flops(encoder: CausalCNNEncoder, batch: int, length: int) -> int:
+    """Of one forward and backward; the backward costs twice the forward."""
+    convs = [m for m in encoder.modules() if isinstance(m, pykernels.nn.CausalConv1d)]
+    sizes = [(batch, c.in_channels, c.out_channels, length, c.kernel_size[0], c.dilation[0]) for c in convs]
+    return 3 * sum(live_flops(*size) for size in sizes)
+
+
+def verdict(results: dict[str, dict[str, Any]], errors: dict[str, float], flops: int, peak: float) -> dict[str, Any]:
+    """Speed against the fastest of the others, and against the machine's measured GEMM rate."""
+    wrong = {name: error for name, error in errors.items() if not error <= ALLOWED_ERROR}
+    if wrong:
+        raise SystemExit(f"results differ, no speed is reported: {wrong}")
+    ours = results["pykernels"]["median_s"]
+    others = {name: r["median_s"] for name, r in results.items() if name != "pykernels"}
+    fastest = min(others, key=others.__getitem__)
+    return {
+        "contenders": results,
+        "errors": errors,
+        "fastest_other": fastest,
+        "speedup": others[fastest] / ours,
+        "flop_per_s": flops / ours,
+        "share_of_gemm": flops / ours / peak,
+    }
+
+
+def training_step(encoder: torch.nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """One step on ten windows: forward, backward, weight normalisation and Adam."""
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        features = forward(x)
+        features.square().mean().backward()
+        optimizer.step()
+        return features.detach()
+
+    return step
+
+
+def bench_encoder(length: int, args: argparse.Namespace, peak: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(10, 1, length)
+    ours = CausalCNNEncoder(1)
+    forwards: dict[str, tuple[torch.nn.Module, Callable[[Tensor], Tensor]]] = {"pykernels": (ours, ours)}
+    for name in ("eager", "channels-last", "compiled"):
+        plain = PlainCausalCNNEncoder(1)
+        plain.load_state_dict(ours.state_dict())
+        forward: Callable[[Tensor], Tensor] = plain
+        if name == "channels-last":
+            forward = ChannelsLastEncoder(plain)
+        elif name == "compiled":
+            forward = torch.compile(plain, dynamic=False)
+        forwards[name] = (plain, forward)
+    steps = {name: training_step(encoder, forward, x) for name, (encoder, forward) in forwards.items()}
+    firsts = {name: step() for name, step in steps.items()}
+    errors = {name: relative_error(firsts["pykernels"], first) for name, first in firsts.items()}
+    gradients = {n: p.grad for n, p in ours.named_parameters()}
+    for name, (encoder, _) in forwards.items():
+        for key, parameter in encoder.named_parameters():
+            errors[name] = max(errors[name], relative_error(gradients[key], parameter.grad))
+    results = compare([Contender(*c) for c in steps.items()], seconds=args.seconds * 4, most_threads=args.threads)
+    return verdict(results, errors, encoder_flops(ours, 10, length), peak)
+
+
+def bench_layer(
+    shape: tuple[int, int, int], dilation: int, backward: bool, args: argparse.Namespace, peak: float
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    batch, channels, length = shape
+    x, bias = torch.randn(shape), torch.randn(channels)
+    weight = torch.randn(channels, channels, 3) / (3 * channels) ** 0.5
+    compiled = torch.compile(plain_layer, dynamic=False)
+    ways: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "pykernels": (_layer, [x, weight, bias]),
+        "eager": (plain_layer, [x, weight, bias]),
+        "channels-last": (channels_last_layer, [as_image(x), as_image(weight), bias]),
+        "compiled": (compiled, [x, weight, bias]),
+    }
+    runs = {}
+    for name, (function, tensors) in ways.items():
+        inputs = [t.detach().requires_grad_(backward) for t in tensors]
+        runs[name] = _layer_run(function, inputs, dilation)
+    values = {name: [v.reshape(-1) if v.dim() == 1 else v.reshape(v.shape[0], v.shape[1], -1) for v in run()]
+              for name, run in runs.items()}
+    errors = {n: max(map(relative_error, values["pykernels"], value)) for n, value in values.items()}
+    results = compare([Contender(*c) for c in runs.items()], seconds=args.seconds, most_threads=args.threads)
+    flops = live_flops(batch, channels, channels, length, 3, dilation) * (3 if backward else 1)
+    return verdict(results, errors, flops, peak)
+
+
+def _layer(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    return pykernels.causal_conv1d(x, weight, bias, dilation=dilation, activation="leaky_relu")
+
+
+def _layer_run(function: Callable[..., Tensor], inputs: list[Tensor], dilation: int) -> Callable[[], list[Tensor]]:
+    y = function(*inputs, dilation)
+    if not y.requires_grad:
+        return lambda: [function(*inputs, dilation)]
+    grad = torch.ones_like(y).detach()
+
+    def run() -> list[Tensor]:
+        y = function(*inputs, dilation)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+    return run
+
+
+def call_overhead() -> dict[str, float]:
+    """Seconds per call on a tiny input without gradients, the median of several thousand calls in a row."""
+    x, weight = torch.randn(1, 1, 8), torch.randn(1, 1, 3)
+
+    def per_call(function: Callable[[], Tensor]) -> float:
+        times = []
+        for _ in range(30):
+            start = time.perf_counter()
+            for _ in range(300):
+                function()
+            times.append((time.perf_counter() - start) / 300)
+        return sorted(times)[len(times) // 2]
+
+    torch.set_num_threads(1)
+    return {
+        "pykernels": per_call(lambda: pykernels.causal_conv1d(x, weight)),
+        "eager": per_call(lambda: torch.nn.functional.conv1d(torch.nn.functional.pad(x, (2, 0)), weight)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="results file (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each layer (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="most threads (default: all)")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this, and write no file")
+    parser.add_argument("--allow-load", action="store_true", help="report even when other processes are busy")
+    args = parser.parse_args()
+
+    quiet = Load()
+    time.sleep(1.0)
+    if _refuse(quiet.others(), args.allow_load):
+        return 2
+    load = Load()
+    peak = gemm_rate(2048, args.threads)
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "limits": {"threads": args.threads, "gemm_flop_per_s": peak, "copy_bytes_per_s": copy_rate(args.threads)},
+        "cases": {},
+    }
+    print(f"float32 GEMM {peak / 1e9:.0f} GFLOP/s, copy {report['limits']['copy_bytes_per_s'] / 1e9:.0f} GB/s")
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        f"encoder step, length {length}": lambda length=length: bench_encoder(length, args, peak)
+        for length in (150, 500)
+    }
+    for shape in ((8, 40, 1000), (1, 40, 100_000)):
+        for dilation in (1, 64, 512):
+            for backward in (False, True):
+                what = "forward and backward" if backward else "forward"
+                name = f"layer {'x'.join(map(str, shape))}, dilation {dilation}, {what}"
+                cases[name] = lambda a=(shape, dilation, backward): bench_layer(*a, args, peak)
+    cases["layer 16x64x4096, dilation 1, forward"] = lambda: bench_layer((16, 64, 4096), 1, False, args, peak)
+    for name, case in cases.items():
+        if args.only in name:
+            torch.compiler.reset()
+            report["cases"][name] = result = case()
+            times = ", ".join(f"{n} {r['median_s'] * 1e3:.2f} ms" for n, r in result["contenders"].items())
+            print(f"{name}: {result['speedup']:.2f} x {result['fastest_other']}, "
+                  f"{result['share_of_gemm']:.0%} of GEMM ({times})", flush=True)
+    report["call_overhead_s"] = call_overhead()
+    print("call overhead: " + ", ".join(f"{n} {s * 1e6:.1f} us" for n, s in report["call_overhead_s"].items()))
+    report["machine"]["load_of_others"] = others = load.others()
+    if _refuse(others, args.allow_load):
+        return 2
+    if not args.only:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        draw(report, args.out.with_suffix(".png"))
+        print(f"wrote {args.out} and {args.out.with_suffix('.png').name}")
+    return 0
+
+
+def _refuse(others: float | None, allowed: bool) -> bool:
+    if allowed or others is None or others <= ALLOWED_LOAD:
+        return False
+    print(f"Other processes use {others:.0%} of a core: no figures are reported. Stop them, or pass --allow-load.",
+          file=sys.stderr)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

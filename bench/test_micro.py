@@ -1,0 +1,44 @@
+"""Microbenchmarks for pytest-benchmark: ``pytest bench/test_micro.py``. Each checks its result first."""
+
+import pytest
+import torch
+
+import pykernels
+from pykernels.ops.causal_conv import reference
+
+CASES = {"tiny": (1, 1, 8, 1), "short": (10, 40, 150, 16), "long": (1, 40, 20_000, 512)}
+
+
+def _inputs(case, requires_grad):
+    batch, channels, length, dilation = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, channels, length), (channels, channels, 3), (channels,))
+    return [torch.randn(s, generator=generator).requires_grad_(requires_grad) for s in shapes], dilation
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(benchmark, case):
+    tensors, dilation = _inputs(case, requires_grad=False)
+    expected = reference.causal_conv1d(*tensors, None, dilation, "relu", 0.01)
+    y = benchmark(lambda: pykernels.causal_conv1d(*tensors, dilation=dilation, activation="relu"))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward(benchmark, case):
+    tensors, dilation = _inputs(case, requires_grad=True)
+    expected = torch.autograd.grad(reference.causal_conv1d(*tensors, None, dilation, "relu", 0.01).sum(), tensors)
+
+    def run():
+        y = pykernels.causal_conv1d(*tensors, dilation=dilation, activation="relu")
+        return torch.autograd.grad(y.sum(), tensors)
+
+    for value, reference_value in zip(benchmark(run), expected, strict=True):
+        scale = float(reference_value.abs().max())
+        torch.testing.assert_close(value, reference_value, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_weight_norm(benchmark):
+    v, g = [torch.randn(40, 40, 3) for _ in range(22)], [torch.randn(40, 1, 1) for _ in range(22)]
+    weights = benchmark(lambda: pykernels.ops.weight_norm(v, g))
+    torch.testing.assert_close(weights[0], torch._weight_norm(v[0], g[0], 0))

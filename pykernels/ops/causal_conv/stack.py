@@ -1,0 +1,527 @@
+"""Stacks of residual blocks of causal convolutions as one operator, with the maximum over time behind the last.
+
+One boundary between Python and the kernels for the whole stack: in a training step on short series, the boundaries of two
+dozen convolutions cost as much as the convolutions. The two gradients of a block's input are added as the second one is
+written, and behind the maximum over time the backward visits only the times of the maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pykernels import _native
+from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops.causal_conv import conv, reference
+from pykernels.ops.causal_conv.autograd import UNSUPPORTED, CausalConv1d, recording_function
+from pykernels.ops.causal_conv.check import compare
+from pykernels.ops.causal_conv.op import ACTIVATIONS, IS_DOUBLE, implement, library, plain, rows
+
+_ACTIVATION = "leaky_relu"
+_LEAKY, _NONE = ACTIVATIONS[_ACTIVATION], ACTIVATIONS["none"]
+_FIELDS = 6  # of a BlockWeights
+
+library.define(  # y, or with pool its maximum over time; if save, also what the backward needs
+    "causal_conv_stack(Tensor x, Tensor?[] weights, int[] dilations, float negative_slope, bool pool, bool save) "
+    "-> Tensor[]"
+)
+library.define(  # gradients of x and of the weights, those that are not needed empty
+    "causal_conv_stack_backward(Tensor grad, Tensor x, Tensor?[] weights, Tensor[] saved, int[] dilations, "
+    "float negative_slope, bool pool, bool[] needed) -> Tensor[]"
+)
+_forward_op = torch.ops.pykernels.causal_conv_stack.default
+_backward_op = torch.ops.pykernels.causal_conv_stack_backward.default
+
+
+class BlockWeights(NamedTuple):
+    """Tensors of one block ``leaky_relu(conv2(leaky_relu(conv1(x)))) + skip(x)``, for C, H and O channels.
+
+    Shapes: ``weight1`` (H, C, K), ``bias1`` (H,), ``weight2`` (O, H, K'), ``bias2`` (O,), ``skip_weight`` (O, C, 1),
+    ``skip_bias`` (O,). Biases may be None; without ``skip_weight`` the skip is the identity and O must be C.
+    """
+
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    skip_weight: Tensor | None = None
+    skip_bias: Tensor | None = None
+
+
+def causal_conv_stack(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    dilations: Sequence[int],
+    *,
+    negative_slope: float = 0.01,
+    pool: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Residual blocks of dilated causal convolutions, one after the other.
+
+    Block i computes ``leaky_relu(conv2(leaky_relu(conv1(x)))) + skip(x)``, both convolutions with ``dilations[i]``.
+
+    Args:
+        x: input, shape (B, C, T).
+        blocks: the weights of each block.
+        dilations: of each block, at least 1.
+        negative_slope: of the leaky ReLU, at least 0.
+        pool: return the maximum over time. Its gradient belongs to one time per sample and channel, the first that
+            reaches the maximum, and the backward of the last block costs accordingly less.
+        backend: see :func:`pykernels.causal_conv1d`, for dtypes, derivatives and errors too.
+
+    Returns:
+        The output of the last block, shape (B, O, T), or with ``pool`` its maximum, shape (B, O).
+
+    Raises:
+        TypeError, ValueError: as :func:`pykernels.causal_conv1d`; also for ``pool`` of empty series.
+
+    Source: Franceschi, Dieuleveut and Jaggi, "Unsupervised scalable representation learning for multivariate time
+    series", NeurIPS 2019.
+    """
+    if len(blocks) != len(dilations) or len(blocks) == 0:
+        raise ValueError(
+            f"blocks and dilations must be equally many, at least one, got {len(blocks)} and {len(dilations)}"
+        )
+    conv.check_input(x)
+    channels = x.shape[1]
+    for block, dilation in zip(blocks, dilations, strict=True):
+        conv.check_options(dilation, _ACTIVATION, negative_slope)
+        channels = _check_block(BlockWeights(*block), channels, x)
+    if pool and x.shape[2] == 0:
+        raise ValueError("x holds empty series: the maximum over time needs at least one sample")
+    weights = [t for block in blocks for t in BlockWeights(*block)]
+    result: Tensor = select(_OPERATOR, backend, x).run(x, weights, list(dilations), negative_slope, pool)
+    return result
+
+
+def causal_conv_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    skip_weight: Tensor | None = None,
+    skip_bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """One block of :func:`causal_conv_stack`, with the tensors of :class:`BlockWeights` as arguments.
+
+    Returns:
+        y, shape (B, O, T).
+    """
+    block = BlockWeights(weight1, bias1, weight2, bias2, skip_weight, skip_bias)
+    return causal_conv_stack(x, [block], [dilation], negative_slope=negative_slope, backend=backend)
+
+
+def _check_block(block: BlockWeights, in_channels: int, x: Tensor) -> int:
+    """The number of output channels of a block, or an error."""
+    conv.check_weight(block.weight1, "weight1", in_channels, x)
+    hidden = block.weight1.shape[0]
+    conv.check_bias(block.bias1, "bias1", hidden, x)
+    conv.check_weight(block.weight2, "weight2", hidden, x)
+    out_channels = block.weight2.shape[0]
+    conv.check_bias(block.bias2, "bias2", out_channels, x)
+    skip = block.skip_weight
+    if skip is None:
+        if block.skip_bias is not None:
+            raise ValueError("skip_bias needs a skip_weight")
+        if in_channels != out_channels:
+            raise ValueError(
+                f"skip_weight is needed, since the block takes {in_channels} channels and weight2 gives {out_channels}"
+            )
+        return out_channels
+    conv.check_weight(skip, "skip_weight", in_channels, x)
+    if skip.shape[0] != out_channels or skip.shape[2] != 1:
+        raise ValueError(f"skip_weight must have shape ({out_channels}, {in_channels}, 1), got {tuple(skip.shape)}")
+    conv.check_bias(block.skip_bias, "skip_bias", out_channels, x)
+    return out_channels
+
+
+def _blocks_of(weights: Sequence[Tensor | None]) -> list[BlockWeights]:
+    return [BlockWeights(*weights[i : i + _FIELDS]) for i in range(0, len(weights), _FIELDS)]  # type: ignore[arg-type]
+
+
+def _run_reference(
+    x: Tensor,
+    weights: list[Tensor | None],
+    dilations: list[int],
+    negative_slope: float,
+    pool: bool,
+    one: Any = reference.causal_conv1d,
+) -> Tensor:
+    """The definition, with ``one`` as the single convolution."""
+    for block, dilation in zip(_blocks_of(weights), dilations, strict=True):
+        skip = x
+        if block.skip_weight is not None:
+            skip = one(x, block.skip_weight, block.skip_bias, None, 1, "none", negative_slope)
+        x = one(x, block.weight1, block.bias1, None, dilation, _ACTIVATION, negative_slope)
+        x = one(x, block.weight2, block.bias2, skip, dilation, _ACTIVATION, negative_slope)
+    return x.max(2).values if pool else x
+
+
+def _run_compiled(
+    x: Tensor, weights: list[Tensor | None], dilations: list[int], negative_slope: float, pool: bool
+) -> Tensor:
+    function = recording_function(x, *weights)
+    if torch.compiler.is_compiling() or function is CausalConv1d:  # compiled or transformed convolution by convolution
+        return _run_reference(x, weights, dilations, negative_slope, pool, one=conv.run_compiled)
+    if function is not None:
+        y: Tensor = CausalConvStack.apply(dilations, negative_slope, pool, x, *weights)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = _forward_op(x, weights, dilations, negative_slope, pool, False)[0]
+        return result
+
+
+def _dense(weights: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
+    """The weights as the kernels read them. Their shapes are checked where the kernels are called."""
+    for t in weights:
+        if t is not None and (t.dtype != x.dtype or not t.is_cpu):
+            raise ValueError(f"weights must have the dtype of x, {x.dtype}, and be on the CPU, got {t.dtype} on {t.device}")
+    return [t if t is None or (t.is_contiguous() and not t.is_neg()) else plain(t).contiguous() for t in weights]
+
+
+def _bias_address(bias: Tensor | None, channels: int) -> int:
+    if bias is None:
+        return 0
+    if bias.numel() != channels:
+        raise ValueError(f"a bias must have {channels} elements, got {bias.numel()}")
+    return bias.data_ptr()
+
+
+_NO_STRIDES, _NO_POOL = (0, 0, 1), (0, 0, 0)
+
+
+def _forward_cpu(
+    x: Tensor,
+    weights: list[Tensor | None],
+    dilations: list[int],
+    negative_slope: float,
+    pool: bool,
+    save: bool,
+) -> list[Tensor]:
+    assert _native.cpu is not None
+    run, is_double, threads = _native.cpu.causal_conv1d_forward, IS_DOUBLE[x.dtype], torch.get_num_threads()
+    x, x_strides = rows(x)
+    batch, channels, length = x.shape
+    blocks = _blocks_of(_dense(weights, x))
+    saved: list[Tensor] = []
+    result = x
+    for i, ((weight1, bias1, weight2, bias2, skip_weight, skip_bias), dilation) in enumerate(
+        zip(blocks, dilations, strict=True)
+    ):
+        hidden, out = weight1.shape[0], weight2.shape[0]
+        x_shape, hidden_shape = (batch, channels, length), (batch, hidden, length)
+        x_address = x.data_ptr()
+        skip, skip_strides = x, x_strides
+        if skip_weight is not None:
+            skip = x.new_empty((batch, out, length))
+            skip_strides = (out * length, length, 1)
+            shapes = (is_double, x_shape, skip_weight.shape, 1, x_address, x_strides, skip_weight.data_ptr())
+            skip_outputs = (skip.data_ptr(), 0, _NO_POOL)
+            run(
+                *shapes, _bias_address(skip_bias, out), 0, _NO_STRIDES, *skip_outputs, _NONE, negative_slope, threads
+            )
+        if skip.shape[1] != out:
+            raise ValueError(f"the skip gives {skip.shape[1]} channels, the block {out}")
+        h1 = x.new_empty(hidden_shape)
+        h1_address = h1.data_ptr()
+        shapes = (is_double, x_shape, weight1.shape, dilation, x_address, x_strides, weight1.data_ptr())
+        outputs = (h1_address, 0, _NO_POOL)
+        run(*shapes, _bias_address(bias1, hidden), 0, _NO_STRIDES, *outputs, _LEAKY, negative_slope, threads)
+        shapes = (
+            is_double,
+            hidden_shape,
+            weight2.shape,
+            dilation,
+            h1_address,
+            (hidden * length, length, 1),
+            weight2.data_ptr(),
+        )
+        inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides)
+        if pool and i == len(blocks) - 1:
+            result, h2 = x.new_empty((batch, out)), x.new_empty((batch, out))
+            time = x.new_empty((batch, out), dtype=torch.int64)
+            outputs = (0, 0, (result.data_ptr(), time.data_ptr(), h2.data_ptr()))
+            saved += [h1, h2, time]
+        else:
+            result = x.new_empty((batch, out, length))
+            h2 = x.new_empty((batch, out, length)) if save else None
+            outputs = (result.data_ptr(), 0 if h2 is None else h2.data_ptr(), _NO_POOL)
+            if h2 is not None:
+                saved += [h1, h2, result]
+        if result.numel() > 0:
+            run(*shapes, *inputs, *outputs, _LEAKY, negative_slope, threads)
+        x, x_strides, channels = result, (out * length, length, 1), out
+    if not save:
+        return [result]
+    return [result, *(saved if pool else saved[:-1])]
+
+
+def _backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor | None],
+    saved: list[Tensor],
+    dilations: list[int],
+    negative_slope: float,
+    pool: bool,
+    needed: list[bool],
+) -> list[Tensor]:
+    blocks = _blocks_of(_dense(weights, x))
+    inputs = [x, *saved[2 : 3 * (len(blocks) - 1) : 3]]
+    launch = _Launch(x, negative_slope)
+    gradients: list[Tensor] = []  # of the weights, from the last block to the first
+    for i in reversed(range(len(blocks))):
+        block, dilation, x_i = blocks[i], dilations[i], inputs[i]
+        h1, h2 = saved[3 * i : 3 * i + 2]
+        need = needed[1 + _FIELDS * i : 1 + _FIELDS * (i + 1)]
+        need_x = any(needed[: 1 + _FIELDS * i])
+        need_h1 = need_x or any(need[:2])
+        skip = (launch.empty, launch.empty)
+        addend: Tensor | None = grad
+        if pool and i == len(blocks) - 1:
+            time = saved[3 * i + 2]
+            dz = torch.where(h2 <= 0, negative_slope * grad, grad)
+            grad_h1, *second = launch.backward_at(dz, time, h1, block.weight2, dilation, need_h1, *need[2:4])
+            if block.skip_weight is not None:
+                addend, *rest = launch.backward_at(grad, time, x_i, block.skip_weight, 1, need_x, *need[4:6])
+                skip = (rest[0], rest[1])
+            elif need_x:
+                addend = torch.zeros_like(x_i, memory_format=torch.contiguous_format)
+                addend.scatter_(2, time[..., None], grad[..., None])
+        else:
+            grad_h1, *second = launch.backward(grad, h2, h1, block.weight2, dilation, None, need_h1, *need[2:4])
+            if block.skip_weight is not None:
+                addend, *rest = launch.backward(grad, None, x_i, block.skip_weight, 1, None, need_x, *need[4:6])
+                skip = (rest[0], rest[1])
+        first = [launch.empty, launch.empty]
+        if need_h1:
+            addend = addend if need_x else None
+            grad, *first = launch.backward(grad_h1, h1, x_i, block.weight1, dilation, addend, need_x, *need[:2])
+        gradients += [*reversed(skip), *reversed(second), *reversed(first)]
+        if not need_x:
+            gradients += [launch.empty] * (_FIELDS * i)
+            grad = launch.empty
+            break
+    return [grad, *reversed(gradients)]
+
+
+class _Launch:
+    """Calls of the backward kernels with what they have in common. Tensors (B, C, T) that are not x are contiguous."""
+
+    def __init__(self, x: Tensor, negative_slope: float) -> None:
+        assert _native.cpu is not None
+        self.cpu = _native.cpu
+        self.batch, _, self.length = x.shape
+        self.is_double, self.threads = IS_DOUBLE[x.dtype], torch.get_num_threads()
+        self.negative_slope = negative_slope
+        self.empty = x.new_empty(0)
+
+    def _check(self, t: Tensor, channels: int, dims: int) -> Tensor:
+        shape = (self.batch, channels, self.length)[:dims]
+        if t.shape != shape or t.dtype != self.empty.dtype or not t.is_cpu:
+            raise ValueError(f"a saved tensor or gradient must have shape {shape}, got {tuple(t.shape)}, {t.dtype}")
+        return t
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        h: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        dilation: int,
+        addend: Tensor | None,
+        need_x: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (plus ``addend``), weight and bias; ``h`` is None for a convolution without activation."""
+        out_channels, channels, _ = weight.shape
+        x, x_strides = rows(self._check(x, channels, 3))
+        grad_y, grad_strides = rows(self._check(grad_y, out_channels, 3))
+        h, h_strides = (grad_y, grad_strides) if h is None else rows(self._check(h, out_channels, 3))
+        addend_address, addend_strides = 0, _NO_STRIDES
+        if addend is not None:
+            addend, addend_strides = rows(self._check(addend, channels, 3))
+            addend_address = addend.data_ptr()
+        grad_x = x.new_empty(x.shape) if need_x else self.empty
+        grad_weight = weight.new_empty(weight.shape) if need_weight else self.empty
+        grad_bias = weight.new_empty((out_channels,)) if need_bias else self.empty
+        self.cpu.causal_conv1d_backward(
+            self.is_double,
+            x.shape,
+            weight.shape,
+            dilation,
+            grad_y.data_ptr(),
+            grad_strides,
+            h.data_ptr(),
+            h_strides,
+            x.data_ptr(),
+            x_strides,
+            weight.data_ptr(),
+            addend_address,
+            addend_strides,
+            grad_x.data_ptr() if need_x else 0,
+            grad_weight.data_ptr() if need_weight else 0,
+            grad_bias.data_ptr() if need_bias else 0,
+            _LEAKY if h is not grad_y else _NONE,
+            self.negative_slope,
+            self.threads,
+        )
+        return grad_x, grad_weight, grad_bias
+
+    def backward_at(
+        self,
+        dz: Tensor,
+        time: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        dilation: int,
+        need_x: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same without activation, for an output gradient that is ``dz`` (B, O) at ``time`` and zero elsewhere."""
+        out_channels, channels, _ = weight.shape
+        x, x_strides = rows(self._check(x, channels, 3))
+        dz = plain(self._check(dz, out_channels, 2)).contiguous()
+        if time.shape != dz.shape or time.dtype != torch.int64 or not time.is_contiguous():
+            raise ValueError(f"time must be int64 of shape {tuple(dz.shape)}, got {tuple(time.shape)}, {time.dtype}")
+        grad_x = x.new_empty(x.shape) if need_x else self.empty
+        grad_weight = weight.new_empty(weight.shape) if need_weight else self.empty
+        if need_x or need_weight:
+            self.cpu.causal_conv1d_backward_at(
+                self.is_double,
+                x.shape,
+                weight.shape,
+                dilation,
+                dz.data_ptr(),
+                time.data_ptr(),
+                x.data_ptr(),
+                x_strides,
+                weight.data_ptr(),
+                grad_x.data_ptr() if need_x else 0,
+                grad_weight.data_ptr() if need_weight else 0,
+                self.threads,
+            )
+        return grad_x, grad_weight, dz.sum(0) if need_bias else self.empty
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: list[Tensor | None],
+    dilations: list[int],
+    negative_slope: float,
+    pool: bool,
+    save: bool,
+) -> list[Tensor]:
+    batch, _, length = x.shape
+    saved: list[Tensor] = []
+    blocks = _blocks_of(weights)
+    result = x
+    for i, block in enumerate(blocks):
+        out = block.weight2.shape[0]
+        pooled = pool and i == len(blocks) - 1
+        result = x.new_empty((batch, out) if pooled else (batch, out, length))
+        third = x.new_empty((batch, out), dtype=torch.int64) if pooled else result
+        saved += [x.new_empty((batch, block.weight1.shape[0], length)), torch.empty_like(result), third]
+    if not save:
+        return [result]
+    return [result, *(saved if pool else saved[:-1])]
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor | None],
+    saved: list[Tensor],
+    dilations: list[int],
+    negative_slope: float,
+    pool: bool,
+    needed: list[bool],
+) -> list[Tensor]:
+    return [
+        x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip([x, *weights], needed, strict=True)
+    ]
+
+
+implement(_forward_op, _forward_cpu, _forward_fake)
+implement(_backward_op, _backward_cpu, _backward_fake)
+
+
+class CausalConvStack(torch.autograd.Function):
+    """Eager recording of a stack; what is transformed or compiled records its convolutions one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, dilations: list[int], negative_slope: float, pool: bool, x: Tensor, *weights: Any) -> Any:
+        y, *saved = _forward_op(x, weights, dilations, negative_slope, pool, True)
+        ctx.options = (dilations, negative_slope, pool)
+        ctx.save_for_backward(x, *weights, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        needed = list(ctx.needs_input_grad[3:])
+        run = CausalConvStackBackward.apply if torch.is_grad_enabled() else _run_backward
+        gradients = run(ctx.options, needed, grad, *ctx.saved_tensors)
+        return (None, None, None, *(g if need else None for g, need in zip(gradients, needed, strict=True)))
+
+
+def _run_backward(options: tuple[Any, ...], needed: list[bool], grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    count = len(needed)
+    return tuple(_backward_op(grad, tensors[0], tensors[1:count], tensors[count:], *options, needed))
+
+
+class CausalConvStackBackward(torch.autograd.Function):
+    """The backward as a recorded operation, so that differentiating it raises instead of giving a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _run_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(UNSUPPORTED.format("double backward"))
+
+
+def _can_run(x: Tensor, *rest: Any) -> Answer:
+    return conv.cpu_can_run(x)
+
+
+def _check(backend: str) -> Check:
+    generator = torch.Generator().manual_seed(0)
+    widths, dilations = (5, 40, 40, 16), [1, 8, 64]
+    shapes: list[tuple[int, ...]] = [(4, 5, 70)]
+    for c, o in pairwise(widths):
+        shapes += [(o, c, 3), (o,), (o, o, 3), (o,)] + ([] if c == o else [(o, c, 1), (o,)])
+    tensors = tuple(torch.randn(s, generator=generator, dtype=torch.float64) / 5 for s in shapes)
+
+    def blocks(t: tuple[Tensor, ...]) -> list[BlockWeights]:
+        return [BlockWeights(*t[1:7]), BlockWeights(*t[7:11]), BlockWeights(*t[11:17])]
+
+    return compare(
+        lambda *t: _run_reference(t[0], [w for b in blocks(t) for w in b], dilations, 0.01, True),
+        lambda *t: causal_conv_stack(t[0], blocks(t), dilations, pool=True, backend=backend),
+        tensors,
+    )
+
+
+_OPERATOR = register(
+    Operator(
+        name="causal_conv_stack",
+        implementations={
+            "cpu": Implementation(_run_compiled, _can_run, conv.cpu_available),
+            "reference": Implementation(_run_reference, lambda *args: YES, lambda: YES),
+        },
+        check=_check,
+    )
+)
