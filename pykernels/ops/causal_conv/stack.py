@@ -29,7 +29,7 @@ library.define(  # y, or with pool its maximum over time; if save, also what the
     "causal_conv_stack(Tensor x, Tensor?[] weights, int[] dilations, float negative_slope, bool pool, bool save) "
     "-> Tensor[]"
 )
-library.define(  # gradients of x and of the weights, those that are not needed empty
+library.define(  # the gradients of x and of the weights that are needed
     "causal_conv_stack_backward(Tensor grad, Tensor x, Tensor?[] weights, Tensor[] saved, int[] dilations, "
     "float negative_slope, bool pool, bool[] needed) -> Tensor[]"
 )
@@ -312,7 +312,12 @@ def _backward_cpu(
             gradients += [launch.empty] * (_FIELDS * i)
             grad = launch.empty
             break
-    return [grad, *reversed(gradients)]
+    return _select([grad, *reversed(gradients)], [x, *weights], needed)
+
+
+def _select(values: Sequence[Any], arguments: Sequence[Tensor | None], needed: list[bool]) -> list[Any]:
+    """The values that belong to a needed argument: an operator may return no tensor twice, not even an empty one."""
+    return [v for v, t, need in zip(values, arguments, needed, strict=True) if need and t is not None]
 
 
 class _Launch:
@@ -449,9 +454,7 @@ def _backward_fake(
     pool: bool,
     needed: list[bool],
 ) -> list[Tensor]:
-    return [
-        x.new_empty(t.shape if need and t is not None else (0,)) for t, need in zip([x, *weights], needed, strict=True)
-    ]
+    return [x.new_empty(t.shape) for t in _select([x, *weights], [x, *weights], needed) if t is not None]
 
 
 implement(_forward_op, _forward_cpu, _forward_fake)
@@ -472,8 +475,8 @@ class CausalConvStack(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = list(ctx.needs_input_grad[3:])
         run = CausalConvStackBackward.apply if torch.is_grad_enabled() else _run_backward
-        gradients = run(ctx.options, needed, grad, *ctx.saved_tensors)
-        return (None, None, None, *(g if need else None for g, need in zip(gradients, needed, strict=True)))
+        gradients = iter(run(ctx.options, needed, grad, *ctx.saved_tensors))
+        return (None, None, None, *(next(gradients) if need else None for need in needed))
 
 
 def _run_backward(options: tuple[Any, ...], needed: list[bool], grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
