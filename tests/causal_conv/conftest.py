@@ -7,10 +7,14 @@ import pykernels
 
 
 @pytest.fixture(autouse=True)
-def _two_threads_and_restored_capability() -> Iterator[None]:
-    """Two threads wherever the tests run, so that the parallel paths are taken; every test may change both."""
+def _one_thread_and_restored_capability() -> Iterator[None]:
+    """Every test may change both.
+
+    Results do not depend on the number of threads, which has tests of its own; more than one would make the others slow
+    on a busy machine, where OpenMP's threads spin while they wait for each other.
+    """
     capability, threads = pykernels.cpu_capability(), torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     if capability is not None:

@@ -103,8 +103,8 @@ def test_gradcheck(runner, activation):
         tensors = case.tensors(torch.float64)
         leaves = [t.requires_grad_() for t in tensors.values()]
 
-        def function(*args, names=tuple(tensors), options=case.options()):
-            return causal_conv1d(**dict(zip(names, args, strict=True)), backend=backend, **options)
+        def function(*args, case=case, names=tuple(tensors)):
+            return causal_conv1d(**dict(zip(names, args, strict=True)), backend=backend, **case.options())
 
         assert torch.autograd.gradcheck(function, leaves)
 
@@ -245,7 +245,11 @@ def test_block_float32_against_plain_pytorch(runner):
 
 
 @pytest.mark.parametrize("runner", RUNNERS, ids=str)
-@pytest.mark.parametrize("block", [(2, 3, 2, 3, 6, 3, 3, 2, 0.01, True, False, False), (1, 2, 3, 4, 5, 2, 3, 1, 2.5, True, True, True)], ids=["identity", "skip"])  # fmt: skip
+@pytest.mark.parametrize(
+    "block",
+    [(2, 3, 2, 3, 6, 3, 3, 2, 0.01, True, False, False), (1, 2, 3, 4, 5, 2, 3, 1, 2.5, True, True, True)],
+    ids=["identity", "skip"],
+)
 def test_block_gradcheck(runner, block):
     tensors, _ = block_tensors(block, torch.float64)
     backend = runner.use()

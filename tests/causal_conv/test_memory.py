@@ -99,7 +99,8 @@ def test_any_strides_block_and_weight_norm(layout, capability):
 def test_expanded(dim, capability):
     """Strides of 0 in every argument, and in the gradient that ``sum`` sends back."""
     case = Case(3, 5, 4, 97, 3, 4, "tanh")
-    tensors = {name: t.narrow(min(dim, t.dim() - 1), 0, 1).expand(t.shape) for name, t in case.tensors(torch.float64).items()}  # fmt: skip
+    full = case.tensors(torch.float64)
+    tensors = {name: t.narrow(min(dim, t.dim() - 1), 0, 1).expand(t.shape) for name, t in full.items()}
     assert all(0 in t.stride() for t in tensors.values())
     copies = {name: t.contiguous() for name, t in tensors.items()}
     grad = torch.ones((), dtype=torch.float64).expand(3, 4, 97)

@@ -87,12 +87,13 @@ def test_the_future_does_not_change_the_past(runner, case: Case):
         assert y_changed[:, :, time].isnan().all()
 
 
-@pytest.mark.parametrize("case", [*FEW, *CASES[1:18]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case for case in (*FEW, *CASES) if case.flops > 200_000], ids=str)
 def test_bits_depend_on_neither_the_run_nor_the_thread_count(case: Case, dtype, capability):
+    """For problems that are large enough to be shared between threads."""
     tensors, grad = case.tensors(dtype), case.grad(dtype)
     expected = results(causal_conv1d, tensors, grad, backend="cpu", **case.options())
-    for threads in (2, 1, 3):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         actual = results(causal_conv1d, tensors, grad, backend="cpu", **case.options())
         for name, t in actual.items():
@@ -105,7 +106,7 @@ def test_bits_of_a_block_depend_on_neither_the_run_nor_the_thread_count(capabili
     leaves = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
     grad = torch.randn(10, 160, 385, generator=g)
     outcomes = []
-    for threads in (2, 2, 1, 3):
+    for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
         y = causal_conv_block(*leaves, dilation=16, backend="cpu")
         outcomes.append((y.detach(), *torch.autograd.grad(y, leaves, grad)))
