@@ -34,11 +34,12 @@ namespace {
 
 // Register tiles: accumulators, plus one operand each way, fill the 32 or 16 vector registers.
 #if PK_VECTOR_BYTES == 64
-constexpr int conv_rows = 8, conv_columns = 3, dot_rows = 4, dot_columns = 6;
+constexpr int conv_rows = 8, conv_columns = 3, dot_rows = 5, dot_columns = 5;
 #else
 constexpr int conv_rows = 4, conv_columns = 3, dot_rows = 4, dot_columns = 3;
 #endif
 
+constexpr Index chunk_terms = 64;             // products in one chain of additions
 constexpr Index panel_bytes = 192 << 10;        // forward: input panel of a tile
 constexpr Index group_bytes = 768 << 10;        // backward: panels of a group
 constexpr Index group_columns = 1024;           // backward: columns reduced in registers
@@ -192,28 +193,55 @@ void pack_weights(T* packed, const T* weight, Index rows, Index row_stride, Inde
 }
 
 // acc[m] = bias[m] + sum_{j, i} w[j][i][m] panel[i][tap j + column], for `columns` vectors from `column` on.
+//
+// At most `chunk_terms` products are added up one after the other, then the chunk's sum is added to the total: with all of
+// them in one chain the rounding error would exceed that of plain PyTorch several times.
 template <class T, int rows, int columns>
 PK_INLINE void multiply(Vec<T> (&acc)[rows][columns], const T* w, const T* bias, const Panel<T>& panel, Index inner,
                         Index column) {
     constexpr int lanes = Vec<T>::lanes;
+    const Vec<T> zero(T(0));
+    Vec<T> total[rows][columns];
+    Index terms = 0;
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 3
-        for (int v = 0; v < columns; ++v) acc[m][v] = Vec<T>(bias == nullptr ? T(0) : bias[m]);
+#pragma GCC unroll 8
+        for (int v = 0; v < columns; ++v) {
+            total[m][v] = Vec<T>(bias == nullptr ? T(0) : bias[m]);
+            acc[m][v] = zero;
+        }
     for (Index j = 0; j < panel.live; ++j) {
         const T* x = panel.data + panel.tap0 + j * panel.tap_step + column;
-        for (Index i = 0; i < inner; ++i, x += panel.width, w += rows) {
-            Vec<T> xv[columns];
-#pragma GCC unroll 3
-            for (int v = 0; v < columns; ++v) xv[v] = Vec<T>::load(x + v * lanes);
+        for (Index i = 0; i < inner;) {
+            const Index end = min(inner, i + chunk_terms);
+            if (terms + end - i > chunk_terms) {
 #pragma GCC unroll 8
-            for (int m = 0; m < rows; ++m) {
-                const Vec<T> wv(w[m]);
-#pragma GCC unroll 3
-                for (int v = 0; v < columns; ++v) acc[m][v] = acc[m][v] + wv * xv[v];
+                for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+                    for (int v = 0; v < columns; ++v) {
+                        total[m][v] = total[m][v] + acc[m][v];
+                        acc[m][v] = zero;
+                    }
+                terms = 0;
+            }
+            terms += end - i;
+            for (; i < end; ++i, x += panel.width, w += rows) {
+                Vec<T> xv[columns];
+#pragma GCC unroll 8
+                for (int v = 0; v < columns; ++v) xv[v] = Vec<T>::load(x + v * lanes);
+#pragma GCC unroll 8
+                for (int m = 0; m < rows; ++m) {
+                    const Vec<T> wv(w[m]);
+#pragma GCC unroll 8
+                    for (int v = 0; v < columns; ++v) acc[m][v] = acc[m][v] + wv * xv[v];
+                }
             }
         }
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < columns; ++v) acc[m][v] = total[m][v] + acc[m][v];
 }
 
 template <class T, int rows, int columns, class Write>
@@ -269,7 +297,7 @@ void multiply_panel(const T* packed, Index taps, const T* bias, const Panel<T>& 
 template <class T, int columns>
 PK_INLINE void store_row(T* out, const Vec<T> (&value)[columns], int last) {
     constexpr int lanes = Vec<T>::lanes;
-#pragma GCC unroll 3
+#pragma GCC unroll 8
     for (int v = 0; v < columns - 1; ++v) value[v].store(out + v * lanes);
     if (last == lanes)
         value[columns - 1].store(out + (columns - 1) * lanes);
@@ -297,7 +325,7 @@ PK_INLINE void activate_tile(Vec<T> (&acc)[rows][columns], Activation activation
     const Vec<T> zero(T(0));
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 8
         for (int v = 0; v < columns; ++v)
             acc[m][v] = select_le(acc[m][v], zero, relu ? zero : slope * acc[m][v], acc[m][v]);
 }
@@ -311,7 +339,7 @@ PK_INLINE void add_tile(Vec<T> (&acc)[rows][columns], const View3<const T>& view
     const T* p = view.data + batch * view.batch_stride + row * view.channel_stride + time;
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m, p += view.channel_stride) {
-#pragma GCC unroll 3
+#pragma GCC unroll 8
         for (int v = 0; v < columns - 1; ++v) acc[m][v] = acc[m][v] + Vec<T>::load(p + v * lanes);
         const T* end = p + (columns - 1) * lanes;
         acc[m][columns - 1] =
@@ -501,9 +529,9 @@ struct Group {
 // memory: moving them between registers keeps the one shuffle port busy for longer.
 template <class T, int rows, int columns>
 __attribute__((noinline)) void add_folded(T* out, Index out_stride, const T (&folded)[rows][columns][folded_lanes<T>]) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int b = 0; b < columns; ++b)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int a = 0; a < rows; ++a) {
             const T* lane = folded[a][b];
             T sum = lane[0] + lane[1];
@@ -523,19 +551,19 @@ void reduce_block(T* partial, const ConvShape& s, const Group<T>& group, Index o
     const T* dz = group.dz + o0 * dz_stride;
     const T* x = group.x.data + c0 * x_stride + (group.t0 - shift);
     Vec<T> acc[rows][columns];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int a = 0; a < rows; ++a)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int b = 0; b < columns; ++b) acc[a][b] = Vec<T>(T(0));
     // dz is read by whole aligned vectors, and x is zero in the lanes that do not count.
     const auto accumulate = [&](Index i, auto load) __attribute__((always_inline)) {
         Vec<T> xv[columns];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int b = 0; b < columns; ++b) xv[b] = load(x + b * x_stride + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int a = 0; a < rows; ++a) {
             const Vec<T> d = Vec<T>::load(dz + a * dz_stride + i);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int b = 0; b < columns; ++b) acc[a][b] = acc[a][b] + d * xv[b];
         }
     };
@@ -549,9 +577,9 @@ void reduce_block(T* partial, const ConvShape& s, const Group<T>& group, Index o
         if (end_whole < group.n && first_whole <= end_whole) partly(end_whole);
     }
     T folded[rows][columns][folded_lanes<T>];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int a = 0; a < rows; ++a)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int b = 0; b < columns; ++b) store_folded(folded[a][b], acc[a][b]);
     add_folded<T, rows, columns>(partial + (j * s.in_channels + c0) * s.out_channels + o0, s.out_channels, folded);
 }
@@ -559,13 +587,17 @@ void reduce_block(T* partial, const ConvShape& s, const Group<T>& group, Index o
 // All rows of dz against channels [c0, c0 + columns) of x at tap j, which stay in the first cache level.
 template <class T, int columns>
 void reduce_columns(T* partial, const ConvShape& s, const Group<T>& group, Index c0, Index j) {
-    int block = dot_rows;
-    for (Index o0 = 0; o0 < s.out_channels; o0 += block) {
-        while (block > s.out_channels - o0) block /= 2;
-        switch (block) {
-            case 4: reduce_block<T, dot_rows, columns>(partial, s, group, o0, c0, j); break;
-            case 2: reduce_block<T, 2, columns>(partial, s, group, o0, c0, j); break;
-            default: reduce_block<T, 1, columns>(partial, s, group, o0, c0, j);
+    for (Index o0 = 0; o0 < s.out_channels;) {
+        const Index left = s.out_channels - o0;
+        if (left >= dot_rows) {
+            reduce_block<T, dot_rows, columns>(partial, s, group, o0, c0, j);
+            o0 += dot_rows;
+        } else if (left >= 2) {
+            reduce_block<T, 2, columns>(partial, s, group, o0, c0, j);
+            o0 += 2;
+        } else {
+            reduce_block<T, 1, columns>(partial, s, group, o0, c0, j);
+            o0 += 1;
         }
     }
 }
@@ -578,9 +610,6 @@ void reduce_weights(T* partial, const ConvShape& s, const Group<T>& group) {
             if (left >= dot_columns) {
                 reduce_columns<T, dot_columns>(partial, s, group, c0, j);
                 c0 += dot_columns;
-            } else if (left >= 4) {
-                reduce_columns<T, 4>(partial, s, group, c0, j);
-                c0 += 4;
             } else if (left >= 2) {
                 reduce_columns<T, 2>(partial, s, group, c0, j);
                 c0 += 2;
