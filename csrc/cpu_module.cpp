@@ -36,7 +36,8 @@ T* pointer(std::uintptr_t address) {
 }
 
 pk::Activation activation_from(int code) {
-    if (code < 0 || code > static_cast<int>(pk::Activation::tanh)) throw std::invalid_argument("unknown activation code");
+    if (code < 0 || code > static_cast<int>(pk::Activation::tanh))
+        throw std::invalid_argument("unknown activation code");
     return static_cast<pk::Activation>(code);
 }
 
@@ -71,9 +72,8 @@ void forward(const pk::ConvShape& shape, std::uintptr_t x, const Strides& x_stri
 
 void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
                            std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight, std::uintptr_t bias,
-                           std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
-                           std::uintptr_t h, const Addresses& pool, int activation, double negative_slope,
-                           int threads) {
+                           std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y, std::uintptr_t h,
+                           const Addresses& pool, int activation, double negative_slope, int threads) {
     const auto [pool_value, pool_time, pool_h] = pool;
     const auto [batch, in_channels, length] = x_shape;
     if (pool_value != 0 && (pool_time == 0 || length == 0))
@@ -82,9 +82,9 @@ void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides
         throw std::invalid_argument("there is nowhere to write the output to");
     if (residual != 0 && std::get<2>(residual_strides) != 1)
         throw std::invalid_argument("the residual's time stride must be 1");
-    (is_double ? forward<double> : forward<float>)(conv_shape(x_shape, weight_shape, dilation), x, x_strides, weight, bias,
-                                                   residual, residual_strides, y, h, pool, activation_from(activation),
-                                                   negative_slope, threads);
+    (is_double ? forward<double> : forward<float>)(conv_shape(x_shape, weight_shape, dilation), x, x_strides, weight,
+                                                   bias, residual, residual_strides, y, h, pool,
+                                                   activation_from(activation), negative_slope, threads);
 }
 
 template <class T>
@@ -110,15 +110,16 @@ void backward(const pk::ConvShape& shape, std::uintptr_t grad_y, const Strides& 
 
 void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
                             std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
-                            const Strides& h_strides, std::uintptr_t x, const Strides& x_strides,
-                            std::uintptr_t weight, std::uintptr_t addend, const Strides& addend_strides,
-                            std::uintptr_t grad_x, std::uintptr_t grad_weight, std::uintptr_t grad_bias, int activation,
-                            double negative_slope, int threads) {
+                            const Strides& h_strides, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
+                            std::uintptr_t addend, const Strides& addend_strides, std::uintptr_t grad_x,
+                            std::uintptr_t grad_weight, std::uintptr_t grad_bias, int activation, double negative_slope,
+                            int threads) {
     if (std::get<2>(x_strides) != 1 || (addend != 0 && std::get<2>(addend_strides) != 1))
         throw std::invalid_argument("the time stride of x and of the addend must be 1");
-    (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y, grad_y_strides,
-                                                     h, h_strides, x, x_strides, weight, addend, addend_strides, grad_x,
-                                                     grad_weight, grad_bias, activation_from(activation), negative_slope, threads);
+    (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y,
+                                                     grad_y_strides, h, h_strides, x, x_strides, weight, addend,
+                                                     addend_strides, grad_x, grad_weight, grad_bias,
+                                                     activation_from(activation), negative_slope, threads);
 }
 
 template <class T>

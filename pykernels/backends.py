@@ -1,8 +1,8 @@
 """Which backend runs a call, and why.
 
 The choice is made in this order: the ``backend=`` argument of the call, the :func:`backend` context, the environment
-variable ``PYKERNELS_BACKEND`` (read when pykernels is imported), and else the first backend in :data:`BACKENDS` that can
-run the call. A backend asked for by name either runs the call or raises; the automatic choice warns, once per
+variable ``PYKERNELS_BACKEND`` (read when pykernels is imported), and else the first backend in :data:`BACKENDS` that
+can run the call. A backend asked for by name either runs the call or raises; the automatic choice warns, once per
 reason, when it has to fall back to ``reference``.
 """
 
@@ -41,14 +41,14 @@ class Implementation:
         available: whether it can run on this machine at all.
     """
 
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     can_run: Callable[..., Answer]
     available: Callable[[], Answer]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator and its backends. ``check`` compares every backend with the reference and returns the largest error."""
+    """An operator and its backends. ``check`` compares a backend, given by name, with the reference."""
 
     name: str
     implementations: dict[str, Implementation]

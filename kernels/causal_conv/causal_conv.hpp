@@ -39,7 +39,7 @@ struct CausalConvForward {
     ConvShape shape;
     View3<const T> x;
     const T* weight;
-    const T* bias;           // (O) or null
+    const T* bias;            // (O) or null
     View3<const T> residual;  // time_stride 1, or data null
     T* y;                     // (B, O, T) contiguous, or null with a pool: y then stays in cache
     T* h;                     // (B, O, T) contiguous or null: act(z), where the backward cannot take it from y

@@ -39,12 +39,12 @@ constexpr int conv_rows = 8, conv_columns = 3, dot_rows = 5, dot_columns = 5;
 constexpr int conv_rows = 4, conv_columns = 3, dot_rows = 4, dot_columns = 3;
 #endif
 
-constexpr Index chunk_terms = 64;             // products in one chain of additions
-constexpr Index panel_bytes = 192 << 10;        // forward: input panel of a tile
-constexpr Index group_bytes = 768 << 10;        // backward: panels of a group
-constexpr Index group_columns = 1024;           // backward: columns reduced in registers
-constexpr Index max_chunks = 32;                // backward: partial weight gradients
-constexpr double parallel_flops = 200e3;        // below this, waking the other threads costs more than it saves
+constexpr Index chunk_terms = 64;         // products in one chain of additions
+constexpr Index panel_bytes = 192 << 10;  // forward: input panel of a tile
+constexpr Index group_bytes = 768 << 10;  // backward: panels of a group
+constexpr Index group_columns = 1024;     // backward: columns reduced in registers
+constexpr Index max_chunks = 32;          // backward: partial weight gradients
+constexpr double parallel_flops = 200e3;  // below this, waking the other threads costs more than it saves
 template <class T>
 constexpr Index tile_columns = 24 * Vec<T>::lanes;  // longest tile of the products
 
@@ -277,8 +277,8 @@ void multiply_rows(const T* w, const T* bias, const Panel<T>& panel, Index inner
 
 // All rows. `packed` holds `taps` taps per row block, of which the panel's live ones come first.
 template <class T, class Write>
-void multiply_panel(const T* packed, Index taps, const T* bias, const Panel<T>& panel, Index rows, Index inner,
-                    Index n, const Write& write) {
+void multiply_panel(const T* packed, Index taps, const T* bias, const Panel<T>& panel, Index rows, Index inner, Index n,
+                    const Write& write) {
     int block = conv_rows;
     for (Index row = 0; row < rows; row += block) {
         while (block > rows - row) block /= 2;
@@ -342,8 +342,7 @@ PK_INLINE void add_tile(Vec<T> (&acc)[rows][columns], const View3<const T>& view
 #pragma GCC unroll 8
         for (int v = 0; v < columns - 1; ++v) acc[m][v] = acc[m][v] + Vec<T>::load(p + v * lanes);
         const T* end = p + (columns - 1) * lanes;
-        acc[m][columns - 1] =
-            acc[m][columns - 1] + (last == lanes ? Vec<T>::load(end) : Vec<T>::load_first(end, last));
+        acc[m][columns - 1] = acc[m][columns - 1] + (last == lanes ? Vec<T>::load(end) : Vec<T>::load_first(end, last));
     }
 }
 
@@ -482,7 +481,9 @@ struct ForwardTask {
         }
     }
 
-    static void run(const void* task, Index tile, int worker) { (*static_cast<const ForwardTask*>(task))(tile, worker); }
+    static void run(const void* task, Index tile, int worker) {
+        (*static_cast<const ForwardTask*>(task))(tile, worker);
+    }
 };
 
 template <class T>
@@ -498,9 +499,9 @@ void forward(const CausalConvForward<T>& p) {
     const bool pools = p.pool.value != nullptr, pools_h = p.pool.h != nullptr;
     const Index rows_stride = pools ? aligned<T>((pools_h ? 2 : 1) * s.out_channels * tiling.columns) : 0;
     const Index pooled = pools ? aligned<T>(s.batch * tiling.per_sample * s.out_channels) : 0;
-    const Scratch scratch(
-        static_cast<std::size_t>(weights + workers * (panel_stride + rows_stride) + 2 * pooled) * sizeof(T) +
-        static_cast<std::size_t>(pooled) * sizeof(Index));
+    const Scratch scratch(static_cast<std::size_t>(weights + workers * (panel_stride + rows_stride) + 2 * pooled) *
+                              sizeof(T) +
+                          static_cast<std::size_t>(pooled) * sizeof(Index));
     T* packed = static_cast<T*>(scratch.data());
     pack_weights(packed, p.weight, s.out_channels, s.in_channels * s.kernel_size, s.in_channels, s.kernel_size,
                  s.kernel_size, taps);
@@ -573,7 +574,8 @@ void reduce_block(T* partial, const ConvShape& s, const Group<T>& group, Index o
     };
     for (Index sample = 0; sample < group.samples; ++sample, dz += group.dz_columns, x += group.x.batch_stride) {
         if (begin < first_whole) partly(first_whole - lanes);
-        for (Index i = first_whole; i < end_whole; i += lanes) accumulate(i, [](const T* p) { return Vec<T>::load(p); });
+        for (Index i = first_whole; i < end_whole; i += lanes)
+            accumulate(i, [](const T* p) { return Vec<T>::load(p); });
         if (end_whole < group.n && first_whole <= end_whole) partly(end_whole);
     }
     T folded[rows][columns][folded_lanes<T>];
@@ -625,8 +627,13 @@ template <class T>
 void reduce_bias(T* grad_bias, const ConvShape& s, const Group<T>& group) {
     for (Index o = 0; o < s.out_channels; ++o) {
         Vec<T> total(T(0));
-        for (Index i = 0; i < group.samples * group.dz_columns; i += Vec<T>::lanes)
-            total = total + Vec<T>::load(group.dz + o * group.dz_stride + i);
+        const Index columns = group.samples * group.dz_columns;
+        for (Index i = 0; i < columns;) {
+            Vec<T> sum(T(0));
+            for (const Index end = min(columns, i + chunk_terms * Vec<T>::lanes); i < end; i += Vec<T>::lanes)
+                sum = sum + Vec<T>::load(group.dz + o * group.dz_stride + i);
+            total = total + sum;
+        }
         T folded[1][1][folded_lanes<T>];
         store_folded(folded[0][0], total);
         add_folded<T, 1, 1>(grad_bias + o, 0, folded);
@@ -685,9 +692,8 @@ struct BackwardTask {
         const Index batch = tile / grad_x_tiling.per_sample;
         const Index t0 = tile % grad_x_tiling.per_sample * grad_x_tiling.columns;
         const Index n = min(grad_x_tiling.columns, s.length - t0);
-        const Panel<T> panel =
-            fill_panel(memory + worker * memory_stride, s, Reach::right, live_taps(s, s.length - 1 - t0),
-                       s.out_channels, batch, t0, n, dz_rows);
+        const Panel<T> panel = fill_panel(memory + worker * memory_stride, s, Reach::right,
+                                          live_taps(s, s.length - 1 - t0), s.out_channels, batch, t0, n, dz_rows);
         multiply_panel<T>(packed, taps, nullptr, panel, s.in_channels, s.out_channels, n, WriteGradX<T>{p, batch, t0});
     }
 
@@ -716,7 +722,9 @@ struct BackwardTask {
     static void run_reduce(const void* task, Index chunk, int worker) {
         static_cast<const BackwardTask*>(task)->reduce(chunk, worker);
     }
-    static void run_finish(const void* task, Index block, int) { static_cast<const BackwardTask*>(task)->finish(block); }
+    static void run_finish(const void* task, Index block, int) {
+        static_cast<const BackwardTask*>(task)->finish(block);
+    }
     static void run_propagate(const void* task, Index tile, int worker) {
         static_cast<const BackwardTask*>(task)->propagate(tile, worker);
     }
@@ -762,7 +770,8 @@ void backward(const CausalConvBackward<T>& p) {
     }
     task.memory_stride = max(group_elements, grad_x_elements);
     const Scratch scratch(
-        static_cast<std::size_t>(packed + workers * task.memory_stride + task.chunks * task.partial_stride) * sizeof(T));
+        static_cast<std::size_t>(packed + workers * task.memory_stride + task.chunks * task.partial_stride) *
+        sizeof(T));
     T* memory = static_cast<T*>(scratch.data());
     if (p.grad_x != nullptr)
         pack_weights(memory, p.weight, s.in_channels, s.kernel_size, s.out_channels, s.in_channels * s.kernel_size,
@@ -773,8 +782,8 @@ void backward(const CausalConvBackward<T>& p) {
     const Index grad_x_tiles = p.grad_x == nullptr ? 0 : s.batch * task.grad_x_tiling.per_sample;
     parallel_tasks(task.chunks, workers, BackwardTask<T>::run_reduce, &task);
     parallel_tasks(grad_x_tiles, workers, BackwardTask<T>::run_propagate, &task);
-    parallel_tasks(task.chunks == 0 ? 0 : divide_up(s.out_channels, Vec<T>::lanes), workers, BackwardTask<T>::run_finish,
-                   &task);
+    parallel_tasks(task.chunks == 0 ? 0 : divide_up(s.out_channels, Vec<T>::lanes), workers,
+                   BackwardTask<T>::run_finish, &task);
 }
 
 }  // namespace

@@ -26,9 +26,9 @@ struct CausalConvBackwardAt {
 void causal_conv_backward_at(const CausalConvBackwardAt<float>&);
 void causal_conv_backward_at(const CausalConvBackwardAt<double>&);
 
-#define PK_DECLARE(isa)                                               \
-    namespace isa {                                                   \
-            void causal_conv_backward_at(const CausalConvBackwardAt<float>&); \
+#define PK_DECLARE(isa)                                                \
+    namespace isa {                                                    \
+    void causal_conv_backward_at(const CausalConvBackwardAt<float>&);  \
     void causal_conv_backward_at(const CausalConvBackwardAt<double>&); \
     }
 PK_FOR_EACH_ISA(PK_DECLARE)

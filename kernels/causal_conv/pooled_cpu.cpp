@@ -23,9 +23,9 @@ constexpr Index parallel_elements = 20000;
 template <class T>
 struct BackwardAt {
     const CausalConvBackwardAt<T>& p;
-    Index taps;    // that can see data
-    Index chunks;  // of samples
-    Index most;    // columns that one sample's maxima can have seen
+    Index taps;     // that can see data
+    Index chunks;   // of samples
+    Index most;     // columns that one sample's maxima can have seen
     const T* rows;  // weight as [out channel][tap][in channel]
     T* partial;     // per chunk, grad_weight in the same order
     T* buffers;     // per worker: seen and grad
@@ -80,15 +80,16 @@ struct BackwardAt {
     void finish(Index o) const {
         const ConvShape& s = p.shape;
         T* total = partial + o * taps * s.in_channels;
-        for (Index k = 1; k < chunks; ++k)
-            add_scaled(total, T(1), total + k * partial_size(), taps * s.in_channels);
+        for (Index k = 1; k < chunks; ++k) add_scaled(total, T(1), total + k * partial_size(), taps * s.in_channels);
         for (Index c = 0; c < s.in_channels; ++c)
             for (Index j = 0; j < s.kernel_size; ++j)
                 p.grad_weight[(o * s.in_channels + c) * s.kernel_size + (s.kernel_size - 1 - j)] =
                     j < taps ? total[j * s.in_channels + c] : T(0);
     }
 
-    static void run_chunk(const void* self, Index i, int worker) { static_cast<const BackwardAt*>(self)->chunk(i, worker); }
+    static void run_chunk(const void* self, Index i, int worker) {
+        static_cast<const BackwardAt*>(self)->chunk(i, worker);
+    }
     static void run_finish(const void* self, Index o, int) { static_cast<const BackwardAt*>(self)->finish(o); }
 };
 
@@ -116,9 +117,10 @@ void backward_at(const CausalConvBackwardAt<T>& p) {
                     p.weight[(o * s.in_channels + c) * s.kernel_size + (s.kernel_size - 1 - j)];
     T* partial = rows + row_size;
     T* buffers = partial + partial_size;
-    const BackwardAt<T> task{
-        p,       taps, chunks, most, rows, p.grad_weight == nullptr ? nullptr : partial, buffers,
-        reinterpret_cast<Index*>(buffers + buffer_size)};
+    const BackwardAt<T> task{p,       taps,
+                             chunks,  most,
+                             rows,    p.grad_weight == nullptr ? nullptr : partial,
+                             buffers, reinterpret_cast<Index*>(buffers + buffer_size)};
     parallel_tasks(chunks, workers, BackwardAt<T>::run_chunk, &task);
     if (p.grad_weight != nullptr) parallel_tasks(s.out_channels, workers, BackwardAt<T>::run_finish, &task);
 }

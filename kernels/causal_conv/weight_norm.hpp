@@ -30,12 +30,12 @@ void weight_norm_forward(const WeightNormForward<double>* weights, std::int64_t 
 void weight_norm_backward(const WeightNormBackward<float>* weights, std::int64_t count, int threads);
 void weight_norm_backward(const WeightNormBackward<double>* weights, std::int64_t count, int threads);
 
-#define PK_DECLARE(isa)                                                                                  \
-    namespace isa {                                                                                      \
-    void weight_norm_forward(const WeightNormForward<float>*, std::int64_t count, int threads);          \
-    void weight_norm_forward(const WeightNormForward<double>*, std::int64_t count, int threads);         \
-    void weight_norm_backward(const WeightNormBackward<float>*, std::int64_t count, int threads);        \
-    void weight_norm_backward(const WeightNormBackward<double>*, std::int64_t count, int threads);       \
+#define PK_DECLARE(isa)                                                                            \
+    namespace isa {                                                                                \
+    void weight_norm_forward(const WeightNormForward<float>*, std::int64_t count, int threads);    \
+    void weight_norm_forward(const WeightNormForward<double>*, std::int64_t count, int threads);   \
+    void weight_norm_backward(const WeightNormBackward<float>*, std::int64_t count, int threads);  \
+    void weight_norm_backward(const WeightNormBackward<double>*, std::int64_t count, int threads); \
     }
 PK_FOR_EACH_ISA(PK_DECLARE)
 #undef PK_DECLARE

@@ -5,9 +5,7 @@
 
 #define PK_CALL_CASE(isa, name, arguments) \
     case Isa::isa: isa::name arguments; break;
-#define PK_CALL_ACTIVE(name, arguments)                       \
-    do {                                                      \
-        switch (active_isa()) {                               \
-            PK_FOR_EACH_ISA_WITH(PK_CALL_CASE, name, arguments) \
-        }                                                     \
+#define PK_CALL_ACTIVE(name, arguments)                                               \
+    do {                                                                              \
+        switch (active_isa()) { PK_FOR_EACH_ISA_WITH(PK_CALL_CASE, name, arguments) } \
     } while (false)

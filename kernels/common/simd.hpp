@@ -39,7 +39,8 @@ template <>
 struct Format<float> {
     using Int = std::int32_t;
     static constexpr int mantissa_bits = 23, exponent_bias = 127;
-    static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    static constexpr float round_magic =
+        12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
 };
 template <>
 struct Format<double> {
@@ -116,11 +117,11 @@ struct Vec {
 };
 
 #ifdef PK_PLAIN
-#define PK_LANEWISE(op)                                        \
-    template <class T>                                         \
-    PK_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {         \
+#define PK_LANEWISE(op)                                                    \
+    template <class T>                                                     \
+    PK_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {                     \
         for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] = a.v[i] op b.v[i]; \
-        return a;                                              \
+        return a;                                                          \
     }
 #else
 #define PK_LANEWISE(op)                                \

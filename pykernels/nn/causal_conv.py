@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from pykernels.ops import weight_norm as weight_norm_op
 class CausalConv1d(nn.Conv1d):
     """:class:`torch.nn.Conv1d` that sees no future sample: output t depends on inputs up to t.
 
-    Same constructor and state_dict as ``nn.Conv1d``, and an output as long as the input. The activation and the residual
-    are fused into the convolution.
+    Same constructor and state_dict as ``nn.Conv1d``, and an output as long as the input. The activation and the
+    residual are fused into the convolution.
 
     Args:
         in_channels, out_channels, kernel_size, dilation, bias, device, dtype: as for ``nn.Conv1d``.
@@ -93,7 +94,7 @@ class CausalConv1d(nn.Conv1d):
         return y.squeeze(0) if unbatched else y
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation!r}"
             if self.activation == "leaky_relu":
@@ -131,24 +132,24 @@ class CausalConvBlock(nn.Module):
     ) -> None:
         super().__init__()
 
-        def conv(channels: int) -> nn.Module:
-            return weight_norm(
-                CausalConv1d(
-                    channels,
-                    out_channels,
-                    kernel_size,
-                    dilation=dilation,
-                    device=device,
-                    dtype=dtype,
-                    activation="leaky_relu",
-                    negative_slope=negative_slope,
-                    backend=backend,
-                )
+        def conv(channels: int) -> CausalConv1d:
+            layer = CausalConv1d(
+                channels,
+                out_channels,
+                kernel_size,
+                dilation=dilation,
+                device=device,
+                dtype=dtype,
+                activation="leaky_relu",
+                negative_slope=negative_slope,
+                backend=backend,
             )
+            weight_norm(layer)
+            return layer
 
-        self.conv1 = conv(in_channels)
-        self.conv2 = conv(out_channels)
-        self.skip = (
+        self.conv1: CausalConv1d = conv(in_channels)
+        self.conv2: CausalConv1d = conv(out_channels)
+        self.skip: CausalConv1d | None = (
             None
             if in_channels == out_channels
             else CausalConv1d(in_channels, out_channels, 1, device=device, dtype=dtype, backend=backend)
@@ -172,8 +173,8 @@ class CausalConvBlock(nn.Module):
 class CausalCNNEncoder(nn.Module):
     """Encoder of time series into vectors: dilated causal blocks, maximum over time, linear map.
 
-    ``depth`` blocks of ``channels`` channels with dilations 1, 2, 4, ..., then one block of ``reduced_size`` channels with
-    dilation 2**depth. Source: Franceschi, Dieuleveut and Jaggi, NeurIPS 2019; the published tables use the defaults here.
+    ``depth`` blocks of ``channels`` channels with dilations 1, 2, 4, ..., then one block of ``reduced_size`` channels
+    with dilation 2**depth. Source: Franceschi, Dieuleveut and Jaggi, NeurIPS 2019, whose tables use the defaults here.
 
     ``load_state_dict`` also takes the keys of the published implementation.
 
@@ -208,7 +209,7 @@ class CausalCNNEncoder(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 CausalConvBlock(c_in, c_out, kernel_size, 2**i, backend=backend, device=device, dtype=dtype)
-                for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False))
+                for i, (c_in, c_out) in enumerate(pairwise(widths))
             )
         )
         self.backend = backend
@@ -217,13 +218,15 @@ class CausalCNNEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 3 or x.shape[2] == 0:
-            raise ValueError(f"x must have shape (batch, channels, time) with at least one sample, got {tuple(x.shape)}")
-        weights = self._normalised_weights()
+            raise ValueError(
+                f"x must have shape (batch, channels, time) with at least one sample, got {tuple(x.shape)}"
+            )
+        blocks, weights = self._blocks(), self._normalised_weights()
         features = causal_conv_stack(
             x,
-            [block.weights(*weights[2 * i : 2 * i + 2]) for i, block in enumerate(self.blocks)],
-            [block.conv1.dilation[0] for block in self.blocks],
-            negative_slope=self.blocks[0].conv1.negative_slope,
+            [block.weights(*weights[2 * i : 2 * i + 2]) for i, block in enumerate(blocks)],
+            [block.conv1.dilation[0] for block in blocks],
+            negative_slope=blocks[0].conv1.negative_slope,
             pool=True,
             backend=self.backend,
         )
@@ -246,23 +249,28 @@ class CausalCNNEncoder(nn.Module):
         """The weights of all convolutions but the skips, block by block, normalised in one call where they can be."""
         if self._folded is not None:
             return self._folded
-        convs = [conv for block in self.blocks for conv in (block.conv1, block.conv2)]
-        if torch.compiler.is_compiling() or not all(map(_has_plain_weight_norm, convs)):
+        convs = [conv for block in self._blocks() for conv in (block.conv1, block.conv2)]
+        originals = [] if torch.compiler.is_compiling() else list(filter(None, map(_weight_norm_tensors, convs)))
+        if len(originals) < len(convs):
             return [conv.weight for conv in convs]
-        originals = [conv.parametrizations.weight for conv in convs]
-        return weight_norm_op([p.original1 for p in originals], [p.original0 for p in originals], backend=self.backend)
+        return weight_norm_op([v for v, _ in originals], [g for _, g in originals], backend=self.backend)
+
+    def _blocks(self) -> list[CausalConvBlock]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`; also takes the keys of the published implementation."""
         return super().load_state_dict({_own_key(k): v for k, v in state_dict.items()}, strict, assign)
 
 
-def _has_plain_weight_norm(conv: nn.Module) -> bool:
-    """Whether the convolution's weight is normalised per output channel, and not otherwise parametrised."""
+def _weight_norm_tensors(conv: CausalConv1d) -> tuple[Tensor, Tensor] | None:
+    """Direction and norm, if the weight is normalised per output channel and not otherwise parametrised."""
     if not parametrize.is_parametrized(conv, "weight"):
-        return False
-    parametrizations = conv.parametrizations["weight"]
-    return len(parametrizations) == 1 and isinstance(parametrizations[0], _WeightNorm) and parametrizations[0].dim == 0
+        return None
+    weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
+    if len(weight) != 1 or not isinstance(weight[0], _WeightNorm) or weight[0].dim != 0:
+        return None
+    return weight.original1, weight.original0
 
 
 _PUBLISHED_BLOCK = re.compile(r"network\.0\.network\.(\d+)\.(causal\.[03]|upordownsample)\.(\w+)")

@@ -13,6 +13,11 @@ from pykernels.ops.causal_conv.op import backward_op, forward_activated_op, forw
 UNSUPPORTED = "the compiled causal_conv1d does not support {} yet; use backend='reference'"
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, which torch does not annotate."""
+    return function.apply(*args)
+
+
 def recording_function(*tensors: Tensor | None) -> type[torch.autograd.Function] | None:
     """The Function that must record a call on ``tensors``, or None if the operator itself will do.
 
@@ -76,7 +81,7 @@ class CausalConv1d(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if need_x or need_weight or need_bias:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                gradients = CausalConv1dBackward.apply(grad_y, activated, x, weight, *options)
+                gradients = apply(CausalConv1dBackward, grad_y, activated, x, weight, *options)
             else:
                 gradients = backward_op(grad_y, activated, x, weight, *options)
             grad_x = gradients[0] if need_x else None

@@ -21,9 +21,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float(difference / expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def compare(
-    reference: Callable[..., Tensor], function: Callable[..., Tensor], tensors: tuple[Tensor, ...]
-) -> Check:
+def compare(reference: Callable[..., Tensor], function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Check:
     """Errors of ``function``, in float64 and float32, against ``reference`` in float64, for random output gradients."""
     errors = {}
     expected_inputs = [t.clone().requires_grad_() for t in tensors]

@@ -8,7 +8,7 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import reference
-from pykernels.ops.causal_conv.autograd import recording_function
+from pykernels.ops.causal_conv.autograd import apply, recording_function
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS, forward_op
 
@@ -26,8 +26,8 @@ def causal_conv1d(
 ) -> Tensor:
     """Dilated causal convolution over time, with bias, activation and residual in one pass.
 
-    ``y[b,o,t] = act(bias[o] + sum_{c,k} weight[o,c,k] x[b,c,t-(K-1-k)*dilation]) + residual[b,o,t]``, where ``x`` is zero
-    before the start of the series. Same as ``act(conv1d(pad(x, ((K-1)*dilation, 0)), weight, bias,
+    ``y[b,o,t] = act(bias[o] + sum_{c,k} weight[o,c,k] x[b,c,t-(K-1-k)*dilation]) + residual[b,o,t]``, where ``x`` is
+    zero before the start of the series. Same as ``act(conv1d(pad(x, ((K-1)*dilation, 0)), weight, bias,
     dilation=dilation)) + residual`` of ``torch.nn.functional``, without the padded copy.
 
     Args:
@@ -57,8 +57,8 @@ def causal_conv1d(
     if activation is None:
         activation = "none"
     _check_arguments(x, weight, bias, dilation, activation, negative_slope, residual)
-    implementation = select(_OPERATOR, backend, x)
-    return implementation.run(x, weight, bias, residual, dilation, activation, negative_slope)
+    y: Tensor = select(_OPERATOR, backend, x).run(x, weight, bias, residual, dilation, activation, negative_slope)
+    return y
 
 
 def _check_arguments(
@@ -80,7 +80,7 @@ def _check_arguments(
             raise TypeError(f"residual must be a tensor or None, got {type(residual).__name__}")
         if residual.shape != (batch, out_channels, length):
             raise ValueError(
-                f"residual must have the shape of the output, {(batch, out_channels, length)}, got {tuple(residual.shape)}"
+                f"residual must have the output's shape {(batch, out_channels, length)}, got {tuple(residual.shape)}"
             )
         _check_like(residual, "residual", x)
     check_options(dilation, activation, negative_slope)
@@ -115,7 +115,7 @@ def check_weight(weight: Tensor, name: str, in_channels: int, x: Tensor) -> None
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if weight.dim() != 3 or weight.numel() == 0:
         raise ValueError(
-            f"{name} must have shape (out_channels, in_channels, kernel_size), none of them 0, got {tuple(weight.shape)}"
+            f"{name} must have shape (out_channels, in_channels, kernel_size), none 0, got {tuple(weight.shape)}"
         )
     if weight.shape[1] != in_channels:
         raise ValueError(
@@ -156,12 +156,15 @@ def run_compiled(
     if function is not None:
         if compiling and residual is x:  # Dynamo refuses one tensor as two arguments of a Function
             residual = x.view_as(x)
-        result = function.apply(x, weight, bias, residual, dilation, activation, negative_slope)
-        return result[0] if isinstance(result, tuple) else result
+        result = apply(function, x, weight, bias, residual, dilation, activation, negative_slope)
+        y: Tensor = result[0] if isinstance(result, tuple) else result
+        return y
     if compiling:
-        return forward_op(x, weight, bias, residual, dilation, activation, negative_slope)
+        y = forward_op(x, weight, bias, residual, dilation, activation, negative_slope)
+        return y
     with torch._C._AutoDispatchBelowAutograd():
-        return forward_op(x, weight, bias, residual, dilation, activation, negative_slope)
+        y = forward_op(x, weight, bias, residual, dilation, activation, negative_slope)
+    return y
 
 
 def cpu_available() -> Answer:
@@ -187,9 +190,7 @@ def _check(backend: str) -> Check:
     tensors = (random(10, 40, 150), random(17, 40, 3), random(17), random(10, 17, 150))
     return compare(
         lambda x, w, b, r: reference.causal_conv1d(x, w, b, r, 64, "tanh", 0.01),
-        lambda x, w, b, r: causal_conv1d(
-            x, w, b, dilation=64, activation="tanh", residual=r, backend=backend
-        ),
+        lambda x, w, b, r: causal_conv1d(x, w, b, dilation=64, activation="tanh", residual=r, backend=backend),
         tensors,
     )
 

@@ -27,7 +27,7 @@ def causal_conv1d(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """``act(conv(pad(x))) + residual``; see :func:`pykernels.causal_conv1d`. Any dtype, device and order of derivative."""
+    """``act(conv(pad(x))) + residual``, see :func:`pykernels.causal_conv1d`. Any dtype, device, order of derivative."""
     length = x.shape[2]
     # Taps that lie wholly before the start of the data add nothing; without them the padding stays short.
     live = max(1, min(weight.shape[2], (length - 1) // dilation + 1))

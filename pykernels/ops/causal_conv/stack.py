@@ -1,8 +1,8 @@
 """Stacks of residual blocks of causal convolutions as one operator, with the maximum over time behind the last.
 
-One boundary between Python and the kernels for the whole stack: in a training step on short series, the boundaries of two
-dozen convolutions cost as much as the convolutions. The two gradients of a block's input are added as the second one is
-written, and behind the maximum over time the backward visits only the times of the maxima.
+One boundary between Python and the kernels for the whole stack: in a training step on short series, the boundaries of
+two dozen convolutions cost as much as the convolutions. The two gradients of a block's input are added as the second
+one is written, and behind the maximum over time the backward visits only the times of the maxima.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv, reference
-from pykernels.ops.causal_conv.autograd import UNSUPPORTED, CausalConv1d, recording_function
+from pykernels.ops.causal_conv.autograd import UNSUPPORTED, CausalConv1d, apply, recording_function
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS, IS_DOUBLE, implement, library, plain, rows
 
@@ -174,7 +174,7 @@ def _run_compiled(
     if torch.compiler.is_compiling() or function is CausalConv1d:  # compiled or transformed convolution by convolution
         return _run_reference(x, weights, dilations, negative_slope, pool, one=conv.run_compiled)
     if function is not None:
-        y: Tensor = CausalConvStack.apply(dilations, negative_slope, pool, x, *weights)
+        y: Tensor = apply(CausalConvStack, dilations, negative_slope, pool, x, *weights)
         return y
     with torch._C._AutoDispatchBelowAutograd():
         result: Tensor = _forward_op(x, weights, dilations, negative_slope, pool, False)[0]
@@ -185,7 +185,7 @@ def _dense(weights: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
     """The weights as the kernels read them. Their shapes are checked where the kernels are called."""
     for t in weights:
         if t is not None and (t.dtype != x.dtype or not t.is_cpu):
-            raise ValueError(f"weights must have the dtype of x, {x.dtype}, and be on the CPU, got {t.dtype} on {t.device}")
+            raise ValueError(f"weights must be {x.dtype} as x is, and on the CPU, got {t.dtype} on {t.device}")
     return [t if t is None or (t.is_contiguous() and not t.is_neg()) else plain(t).contiguous() for t in weights]
 
 
@@ -227,9 +227,7 @@ def _forward_cpu(
             skip_strides = (out * length, length, 1)
             shapes = (is_double, x_shape, skip_weight.shape, 1, x_address, x_strides, skip_weight.data_ptr())
             skip_outputs = (skip.data_ptr(), 0, _NO_POOL)
-            run(
-                *shapes, _bias_address(skip_bias, out), 0, _NO_STRIDES, *skip_outputs, _NONE, negative_slope, threads
-            )
+            run(*shapes, _bias_address(skip_bias, out), 0, _NO_STRIDES, *skip_outputs, _NONE, negative_slope, threads)
         if skip.shape[1] != out:
             raise ValueError(f"the skip gives {skip.shape[1]} channels, the block {out}")
         h1 = x.new_empty(hidden_shape)
@@ -247,8 +245,10 @@ def _forward_cpu(
             weight2.data_ptr(),
         )
         inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides)
+        h2: Tensor | None
         if pool and i == len(blocks) - 1:
-            result, h2 = x.new_empty((batch, out)), x.new_empty((batch, out))
+            result = x.new_empty((batch, out))
+            h2 = x.new_empty((batch, out))
             time = x.new_empty((batch, out), dtype=torch.int64)
             outputs = (0, 0, (result.data_ptr(), time.data_ptr(), h2.data_ptr()))
             saved += [h1, h2, time]
@@ -283,11 +283,12 @@ def _backward_cpu(
     for i in reversed(range(len(blocks))):
         block, dilation, x_i = blocks[i], dilations[i], inputs[i]
         h1, h2 = saved[3 * i : 3 * i + 2]
+        addend: Tensor | None
         need = needed[1 + _FIELDS * i : 1 + _FIELDS * (i + 1)]
         need_x = any(needed[: 1 + _FIELDS * i])
         need_h1 = need_x or any(need[:2])
         skip = (launch.empty, launch.empty)
-        addend: Tensor | None = grad
+        addend = grad
         if pool and i == len(blocks) - 1:
             time = saved[3 * i + 2]
             dz = torch.where(h2 <= 0, negative_slope * grad, grad)
@@ -474,8 +475,8 @@ class CausalConvStack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = list(ctx.needs_input_grad[3:])
-        run = CausalConvStackBackward.apply if torch.is_grad_enabled() else _run_backward
-        gradients = iter(run(ctx.options, needed, grad, *ctx.saved_tensors))
+        args = (ctx.options, needed, grad, *ctx.saved_tensors)
+        gradients = iter(apply(CausalConvStackBackward, *args) if torch.is_grad_enabled() else _run_backward(*args))
         return (None, None, None, *(next(gradients) if need else None for need in needed))
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv
-from pykernels.ops.causal_conv.autograd import UNSUPPORTED, recording_function
+from pykernels.ops.causal_conv.autograd import UNSUPPORTED, CausalConv1d, apply, recording_function
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import IS_DOUBLE, address, implement, library, plain
 
 library.define("weight_norm(Tensor[] v, Tensor[] g) -> Tensor[]")
-library.define("weight_norm_backward(Tensor[] grad_w, Tensor[] v, Tensor[] g) -> Tensor[]")  # of every v, then of every g
+# Gradients of every v, then of every g.
+library.define("weight_norm_backward(Tensor[] grad_w, Tensor[] v, Tensor[] g) -> Tensor[]")
 _forward_op = torch.ops.pykernels.weight_norm.default
 _backward_op = torch.ops.pykernels.weight_norm_backward.default
 
@@ -48,7 +49,8 @@ def weight_norm(v: Sequence[Tensor], g: Sequence[Tensor], *, backend: str | None
             )
         if {direction.dtype, norm.dtype} != {v[0].dtype} or {direction.device, norm.device} != {v[0].device}:
             raise ValueError(f"v[{i}] and g[{i}] must have the dtype and device of v[0], {v[0].dtype} on {v[0].device}")
-    return select(_OPERATOR, backend, v, g).run(v, g)
+    weights: list[Tensor] = select(_OPERATOR, backend, v, g).run(v, g)
+    return weights
 
 
 def _run_reference(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
@@ -65,9 +67,9 @@ def _run_compiled(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
     if function is None:
         with torch._C._AutoDispatchBelowAutograd():
             return list(_forward_op(v, g))
-    if function.__name__ != "EagerCausalConv1d":
+    if function is CausalConv1d:
         return _run_reference(v, g)
-    return list(WeightNorm.apply(len(v), *v, *g))
+    return list(apply(WeightNorm, len(v), *v, *g))
 
 
 def _forward_cpu(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
@@ -138,8 +140,8 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_w: Tensor) -> Any:
-        run = WeightNormBackward.apply if torch.is_grad_enabled() else _run_backward
-        return None, *run(ctx.count, *grad_w, *ctx.saved_tensors)
+        tensors = (ctx.count, *grad_w, *ctx.saved_tensors)
+        return None, *(apply(WeightNormBackward, *tensors) if torch.is_grad_enabled() else _run_backward(*tensors))
 
 
 def _run_backward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -165,7 +167,8 @@ def _can_run(v: list[Tensor], g: list[Tensor]) -> Answer:
 
 def _check(backend: str) -> Check:
     generator = torch.Generator().manual_seed(0)
-    tensors = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 5, 3), (1, 4), (7, 1, 1), (1,)))
+    shapes = ((7, 5, 3), (1, 4), (7, 1, 1), (1,))
+    tensors = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
     def flat(weights: list[Tensor]) -> Tensor:
         return torch.cat([w.flatten() for w in weights])

@@ -1,0 +1,66 @@
+_Shape = tuple[int, ...]
+
+def capabilities() -> list[str]: ...
+def capability() -> str: ...
+def set_capability(name: str) -> None: ...
+def has_openmp() -> bool: ...
+def causal_conv1d_forward(
+    is_double: bool,
+    x_shape: _Shape,
+    weight_shape: _Shape,
+    dilation: int,
+    x: int,
+    x_strides: _Shape,
+    weight: int,
+    bias: int,
+    residual: int,
+    residual_strides: _Shape,
+    y: int,
+    h: int,
+    pool: tuple[int, int, int],
+    activation: int,
+    negative_slope: float,
+    threads: int,
+    /,
+) -> None: ...
+def causal_conv1d_backward(
+    is_double: bool,
+    x_shape: _Shape,
+    weight_shape: _Shape,
+    dilation: int,
+    grad_y: int,
+    grad_y_strides: _Shape,
+    h: int,
+    h_strides: _Shape,
+    x: int,
+    x_strides: _Shape,
+    weight: int,
+    addend: int,
+    addend_strides: _Shape,
+    grad_x: int,
+    grad_weight: int,
+    grad_bias: int,
+    activation: int,
+    negative_slope: float,
+    threads: int,
+    /,
+) -> None: ...
+def causal_conv1d_backward_at(
+    is_double: bool,
+    x_shape: _Shape,
+    weight_shape: _Shape,
+    dilation: int,
+    dz: int,
+    time: int,
+    x: int,
+    x_strides: _Shape,
+    weight: int,
+    grad_x: int,
+    grad_weight: int,
+    threads: int,
+    /,
+) -> None: ...
+def weight_norm_forward(is_double: bool, records: list[tuple[int, int, int, int, int]], threads: int, /) -> None: ...
+def weight_norm_backward(
+    is_double: bool, records: list[tuple[int, int, int, int, int, int, int]], threads: int, /
+) -> None: ...
