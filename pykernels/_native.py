@@ -10,7 +10,7 @@ import torch  # noqa: F401  (loads the OpenMP runtime that the compiled module s
 cpu: ModuleType | None
 cpu_error: str | None
 try:
-    from pykernels import _cpu
+    import pykernels._cpu as _cpu
 
     cpu, cpu_error = _cpu, None
 except ImportError as error:

@@ -200,6 +200,40 @@ def _bias_address(bias: Tensor | None, channels: int) -> int:
 _NO_STRIDES, _NO_POOL = (0, 0, 1), (0, 0, 0)
 
 
+class _Arena:
+    """Memory for many contiguous (B, C, T) tensors in one allocation.
+
+    Tensors of this size that come and go one by one make the allocator return memory to the system and ask for it again
+    in every training step, and on short series the page faults cost more than the convolutions.
+    """
+
+    def __init__(self, x: Tensor, memory: Tensor | int) -> None:
+        self.batch, _, self.length = x.shape
+        self.memory = x.new_empty(memory) if isinstance(memory, int) else memory
+        self.used = 0
+
+    @staticmethod
+    def size(x: Tensor, channels: int) -> int:
+        """Elements of one tensor, rounded up to whole cache lines."""
+        return (x.shape[0] * channels * x.shape[2] + 15) // 16 * 16
+
+    @staticmethod
+    def saved_size(x: Tensor, blocks: list[BlockWeights], pool: bool) -> int:
+        """Elements of what the forward saves: h1, h2 and y of every block, of the last one only what is no result."""
+        widths = [w for b in blocks for w in (b.weight1.shape[0], b.weight2.shape[0], b.weight2.shape[0])]
+        return sum(_Arena.size(x, width) for width in (widths[:-2] if pool else widths[:-1]))
+
+    def at(self, offset: int, channels: int) -> Tensor:
+        shape = (self.batch, channels, self.length)
+        return self.memory.as_strided(shape, (channels * self.length, self.length, 1), offset)
+
+    def take(self, channels: int) -> Tensor:
+        """The next tensor; the backward takes them in the order of the forward."""
+        t = self.at(self.used, channels)
+        self.used += (t.numel() + 15) // 16 * 16
+        return t
+
+
 def _forward_cpu(
     x: Tensor,
     weights: list[Tensor | None],
@@ -213,7 +247,11 @@ def _forward_cpu(
     x, x_strides = rows(x)
     batch, channels, length = x.shape
     blocks = _blocks_of(_dense(weights, x))
-    saved: list[Tensor] = []
+    # What is not saved takes turns in four places: h1, the skip, and the outputs of this block and the one before.
+    place = max(_Arena.size(x, max(b.weight1.shape[0], b.weight2.shape[0])) for b in blocks)
+    temporary = _Arena(x, 4 * place if not save else place if any(b.skip_weight is not None for b in blocks) else 0)
+    arena = _Arena(x, _Arena.saved_size(x, blocks, pool) if save else 0)
+    pooled: list[Tensor] = []
     result = x
     for i, ((weight1, bias1, weight2, bias2, skip_weight, skip_bias), dilation) in enumerate(
         zip(blocks, dilations, strict=True)
@@ -223,14 +261,14 @@ def _forward_cpu(
         x_address = x.data_ptr()
         skip, skip_strides = x, x_strides
         if skip_weight is not None:
-            skip = x.new_empty((batch, out, length))
+            skip = temporary.at(0, out)
             skip_strides = (out * length, length, 1)
             shapes = (is_double, x_shape, skip_weight.shape, 1, x_address, x_strides, skip_weight.data_ptr())
             skip_outputs = (skip.data_ptr(), 0, _NO_POOL)
             run(*shapes, _bias_address(skip_bias, out), 0, _NO_STRIDES, *skip_outputs, _NONE, negative_slope, threads)
         if skip.shape[1] != out:
             raise ValueError(f"the skip gives {skip.shape[1]} channels, the block {out}")
-        h1 = x.new_empty(hidden_shape)
+        h1 = arena.take(hidden) if save else temporary.at(place, hidden)
         h1_address = h1.data_ptr()
         shapes = (is_double, x_shape, weight1.shape, dilation, x_address, x_strides, weight1.data_ptr())
         outputs = (h1_address, 0, _NO_POOL)
@@ -245,25 +283,23 @@ def _forward_cpu(
             weight2.data_ptr(),
         )
         inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides)
-        h2: Tensor | None
-        if pool and i == len(blocks) - 1:
+        last = i == len(blocks) - 1
+        if pool and last:
             result = x.new_empty((batch, out))
-            h2 = x.new_empty((batch, out))
-            time = x.new_empty((batch, out), dtype=torch.int64)
+            h2, time = x.new_empty((batch, out)), x.new_empty((batch, out), dtype=torch.int64)
             outputs = (0, 0, (result.data_ptr(), time.data_ptr(), h2.data_ptr()))
-            saved += [h1, h2, time]
+            pooled = [h2, time]
         else:
-            result = x.new_empty((batch, out, length))
-            h2 = x.new_empty((batch, out, length)) if save else None
-            outputs = (result.data_ptr(), 0 if h2 is None else h2.data_ptr(), _NO_POOL)
-            if h2 is not None:
-                saved += [h1, h2, result]
+            h2_address = arena.take(out).data_ptr() if save else 0
+            if last:
+                result = x.new_empty((batch, out, length))
+            else:
+                result = arena.take(out) if save else temporary.at((2 + i % 2) * place, out)
+            outputs = (result.data_ptr(), h2_address, _NO_POOL)
         if result.numel() > 0:
             run(*shapes, *inputs, *outputs, _LEAKY, negative_slope, threads)
         x, x_strides, channels = result, (out * length, length, 1), out
-    if not save:
-        return [result]
-    return [result, *(saved if pool else saved[:-1])]
+    return [result, arena.memory, *pooled] if save else [result]
 
 
 def _backward_cpu(
@@ -277,42 +313,55 @@ def _backward_cpu(
     needed: list[bool],
 ) -> list[Tensor]:
     blocks = _blocks_of(_dense(weights, x))
-    inputs = [x, *saved[2 : 3 * (len(blocks) - 1) : 3]]
+    if saved[0].numel() != _Arena.saved_size(x, blocks, pool) or not saved[0].is_contiguous():
+        raise ValueError(f"saved[0] must hold what the forward of these weights saved, got {tuple(saved[0].shape)}")
+    arena = _Arena(x, saved[0])
+    inputs, activated = [x], []
+    for i, block in enumerate(blocks):
+        h1 = arena.take(block.weight1.shape[0])
+        pooled = pool and i == len(blocks) - 1
+        activated.append((h1, saved[1] if pooled else arena.take(block.weight2.shape[0])))
+        if i < len(blocks) - 1:
+            inputs.append(arena.take(block.weight2.shape[0]))
+    # Gradients of h1 in one place, of the blocks' inputs in turns in two others.
+    place = max(_Arena.size(x, max(b.weight1.shape[:2])) for b in blocks)
+    temporary = _Arena(x, 3 * place)
     launch = _Launch(x, negative_slope)
     gradients: list[Tensor] = []  # of the weights, from the last block to the first
     for i in reversed(range(len(blocks))):
         block, dilation, x_i = blocks[i], dilations[i], inputs[i]
-        h1, h2 = saved[3 * i : 3 * i + 2]
-        addend: Tensor | None
+        h1, h2 = activated[i]
         need = needed[1 + _FIELDS * i : 1 + _FIELDS * (i + 1)]
         need_x = any(needed[: 1 + _FIELDS * i])
         need_h1 = need_x or any(need[:2])
-        skip = (launch.empty, launch.empty)
-        addend = grad
+        grad_h1 = temporary.at(0, block.weight1.shape[0]) if need_h1 else None
+        grad_x = None
+        if need_x:
+            grad_x = temporary.at((1 + i % 2) * place, x_i.shape[1]) if i > 0 else x.new_empty(x.shape)
+        first = skip = (launch.empty, launch.empty)
         if pool and i == len(blocks) - 1:
-            time = saved[3 * i + 2]
             dz = torch.where(h2 <= 0, negative_slope * grad, grad)
-            grad_h1, *second = launch.backward_at(dz, time, h1, block.weight2, dilation, need_h1, *need[2:4])
+            second = launch.backward_at(dz, saved[2], h1, block.weight2, dilation, grad_h1, *need[2:4])
             if block.skip_weight is not None:
-                addend, *rest = launch.backward_at(grad, time, x_i, block.skip_weight, 1, need_x, *need[4:6])
-                skip = (rest[0], rest[1])
-            elif need_x:
-                addend = torch.zeros_like(x_i, memory_format=torch.contiguous_format)
-                addend.scatter_(2, time[..., None], grad[..., None])
+                skip = launch.backward_at(grad, saved[2], x_i, block.skip_weight, 1, grad_x, *need[4:6])
+            elif grad_x is not None:
+                grad_x.zero_().scatter_(2, saved[2][..., None], grad[..., None])
+            addend = grad_x
         else:
-            grad_h1, *second = launch.backward(grad, h2, h1, block.weight2, dilation, None, need_h1, *need[2:4])
+            second = launch.backward(grad, h2, h1, block.weight2, dilation, None, grad_h1, *need[2:4])
+            addend = grad
             if block.skip_weight is not None:
-                addend, *rest = launch.backward(grad, None, x_i, block.skip_weight, 1, None, need_x, *need[4:6])
-                skip = (rest[0], rest[1])
-        first = [launch.empty, launch.empty]
-        if need_h1:
+                skip = launch.backward(grad, None, x_i, block.skip_weight, 1, None, grad_x, *need[4:6])
+                addend = grad_x
+        if grad_h1 is not None:
             addend = addend if need_x else None
-            grad, *first = launch.backward(grad_h1, h1, x_i, block.weight1, dilation, addend, need_x, *need[:2])
+            first = launch.backward(grad_h1, h1, x_i, block.weight1, dilation, addend, grad_x, *need[:2])
         gradients += [*reversed(skip), *reversed(second), *reversed(first)]
-        if not need_x:
+        if grad_x is None:
             gradients += [launch.empty] * (_FIELDS * i)
             grad = launch.empty
             break
+        grad = grad_x
     return _select([grad, *reversed(gradients)], [x, *weights], needed)
 
 
@@ -346,11 +395,14 @@ class _Launch:
         weight: Tensor,
         dilation: int,
         addend: Tensor | None,
-        need_x: bool,
+        grad_x: Tensor | None,
         need_weight: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x (plus ``addend``), weight and bias; ``h`` is None for a convolution without activation."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of weight and bias, and that of x, plus ``addend``, into ``grad_x``, which may be the addend.
+
+        ``h`` is None for a convolution without activation.
+        """
         out_channels, channels, _ = weight.shape
         x, x_strides = rows(self._check(x, channels, 3))
         grad_y, grad_strides = rows(self._check(grad_y, out_channels, 3))
@@ -359,7 +411,6 @@ class _Launch:
         if addend is not None:
             addend, addend_strides = rows(self._check(addend, channels, 3))
             addend_address = addend.data_ptr()
-        grad_x = x.new_empty(x.shape) if need_x else self.empty
         grad_weight = weight.new_empty(weight.shape) if need_weight else self.empty
         grad_bias = weight.new_empty((out_channels,)) if need_bias else self.empty
         self.cpu.causal_conv1d_backward(
@@ -376,14 +427,14 @@ class _Launch:
             weight.data_ptr(),
             addend_address,
             addend_strides,
-            grad_x.data_ptr() if need_x else 0,
+            0 if grad_x is None else grad_x.data_ptr(),
             grad_weight.data_ptr() if need_weight else 0,
             grad_bias.data_ptr() if need_bias else 0,
             _LEAKY if h is not grad_y else _NONE,
             self.negative_slope,
             self.threads,
         )
-        return grad_x, grad_weight, grad_bias
+        return grad_weight, grad_bias
 
     def backward_at(
         self,
@@ -392,19 +443,18 @@ class _Launch:
         x: Tensor,
         weight: Tensor,
         dilation: int,
-        need_x: bool,
+        grad_x: Tensor | None,
         need_weight: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """The same without activation, for an output gradient that is ``dz`` (B, O) at ``time`` and zero elsewhere."""
         out_channels, channels, _ = weight.shape
         x, x_strides = rows(self._check(x, channels, 3))
         dz = plain(self._check(dz, out_channels, 2)).contiguous()
         if time.shape != dz.shape or time.dtype != torch.int64 or not time.is_contiguous():
             raise ValueError(f"time must be int64 of shape {tuple(dz.shape)}, got {tuple(time.shape)}, {time.dtype}")
-        grad_x = x.new_empty(x.shape) if need_x else self.empty
         grad_weight = weight.new_empty(weight.shape) if need_weight else self.empty
-        if need_x or need_weight:
+        if grad_x is not None or need_weight:
             self.cpu.causal_conv1d_backward_at(
                 self.is_double,
                 x.shape,
@@ -415,11 +465,11 @@ class _Launch:
                 x.data_ptr(),
                 x_strides,
                 weight.data_ptr(),
-                grad_x.data_ptr() if need_x else 0,
+                0 if grad_x is None else grad_x.data_ptr(),
                 grad_weight.data_ptr() if need_weight else 0,
                 self.threads,
             )
-        return grad_x, grad_weight, dz.sum(0) if need_bias else self.empty
+        return grad_weight, dz.sum(0) if need_bias else self.empty
 
 
 def _forward_fake(
@@ -430,19 +480,13 @@ def _forward_fake(
     pool: bool,
     save: bool,
 ) -> list[Tensor]:
-    batch, _, length = x.shape
-    saved: list[Tensor] = []
     blocks = _blocks_of(weights)
-    result = x
-    for i, block in enumerate(blocks):
-        out = block.weight2.shape[0]
-        pooled = pool and i == len(blocks) - 1
-        result = x.new_empty((batch, out) if pooled else (batch, out, length))
-        third = x.new_empty((batch, out), dtype=torch.int64) if pooled else result
-        saved += [x.new_empty((batch, block.weight1.shape[0], length)), torch.empty_like(result), third]
+    out = blocks[-1].weight2.shape[0]
+    result = x.new_empty((x.shape[0], out) if pool else (x.shape[0], out, x.shape[2]))
     if not save:
         return [result]
-    return [result, *(saved if pool else saved[:-1])]
+    pooled = [torch.empty_like(result), torch.empty_like(result, dtype=torch.int64)] if pool else []
+    return [result, x.new_empty(_Arena.saved_size(x, blocks, pool)), *pooled]
 
 
 def _backward_fake(
