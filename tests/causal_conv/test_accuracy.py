@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pykernels.backends import OPERATORS
-from pykernels.ops import causal_conv1d, causal_conv_block
+from pykernels.ops import BlockWeights, causal_conv1d, causal_conv_block, causal_conv_stack
 from pykernels.ops.causal_conv.check import compare
 
 from .cases import (
@@ -274,6 +274,122 @@ def test_any_subset_of_a_blocks_gradients(needed):
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == leaf.requires_grad
         assert leaf.grad is None or torch.equal(leaf.grad, everything[name]), name
+
+
+STACKS = [  # batch, length, widths, kernel size, dilations, biases
+    (3, 50, (3, 8, 8, 5), 3, (1, 2, 4), True),
+    (2, 385, (1, 40, 40, 160), 3, (1, 64, 512), True),
+    (1, 1, (2, 2), 3, (2**40,), False),
+    (5, 17, (4, 4, 3, 3), 2, (1, 1, 3), False),
+    (33, 9, (2, 41, 2), 5, (2, 1), True),
+    (0, 20, (2, 3, 3), 3, (1, 2), True),
+]
+
+
+def stack_tensors(stack, dtype, seed=0):
+    """x by its name, then the weights in their order."""
+    batch, length, widths, kernel_size, _, biases = stack
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"x": (batch, widths[0], length)}
+    for i, (c, o) in enumerate(itertools.pairwise(widths)):
+        shapes |= {f"{i}.weight1": (o, c, kernel_size), f"{i}.weight2": (o, o, kernel_size)}
+        if biases:
+            shapes |= {f"{i}.bias1": (o,), f"{i}.bias2": (o,)}
+        if c != o:
+            shapes |= {f"{i}.skip_weight": (o, c, 1), f"{i}.skip_bias": (o,)}
+    tensors = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    for name, t in tensors.items():
+        if "weight" in name:
+            t /= t[0].numel() ** 0.5
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+def blocks_of(weights):
+    count = 1 + max(int(name.partition(".")[0]) for name in weights)
+    return [BlockWeights(*(weights.get(f"{i}.{field}") for field in BlockWeights._fields)) for i in range(count)]
+
+
+def run_stack(dilations, pool, **options):
+    def function(x, **weights):
+        return causal_conv_stack(x, blocks_of(weights), dilations, pool=pool, **options)
+
+    return function
+
+
+def stack_definition(dilations, pool, negative_slope=0.01):
+    def function(x, **weights):
+        for block, dilation in zip(blocks_of(weights), dilations, strict=True):
+            options = {"dilation": dilation, "negative_slope": negative_slope}
+            x = block_of(definition)(x, **block._asdict(), **options)
+        return x.amax(2) if pool else x
+
+    return function
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("stack", STACKS, ids=lambda stack: "-".join(map(str, stack)))
+def test_stack_float64(stack, pool):
+    tensors, dilations = stack_tensors(stack, torch.float64), stack[4]
+    shape = (stack[0], stack[2][-1]) if pool else (stack[0], stack[2][-1], stack[1])
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for slope in (0.01, 1.0):
+        expected = results(stack_definition(dilations, pool, slope), tensors, grad)
+        assert expected["y"].shape == shape
+        for runner in RUNNERS:
+            function = run_stack(dilations, pool, negative_slope=slope, backend=runner.use())
+            actual = results(function, tensors, grad)
+            assert_agree(actual, expected, runner)
+            assert torch.equal(function(**tensors), actual["y"])
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("needed", range(1, 2**14, 331))
+def test_any_subset_of_a_stacks_gradients(needed, pool):
+    stack = (5, 17, (3, 4, 4), 2, (1, 3), True)
+    tensors = stack_tensors(stack, torch.float64)
+    function = run_stack(stack[4], pool, backend="cpu")
+    grad = torch.randn(function(**tensors).shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    everything = results(function, tensors, grad)
+    leaves = {name: t.detach().requires_grad_(bool(needed >> i & 1)) for i, (name, t) in enumerate(tensors.items())}
+    y = function(**leaves)
+    assert y.requires_grad == any(t.requires_grad for t in leaves.values())
+    if y.requires_grad:
+        y.backward(grad)
+    for name, leaf in leaves.items():
+        assert (leaf.grad is not None) == leaf.requires_grad
+        assert leaf.grad is None or torch.equal(leaf.grad, everything[name]), name
+
+
+def test_pool_takes_the_first_of_equal_maxima(capability):
+    """Integers, so that maxima are equal in every backend: the gradient goes where that of ``max(dim)`` goes."""
+    g = torch.Generator().manual_seed(0)
+    for length, dilation in ((100, 2), (1000, 16), (50, 60)):
+        x = torch.randint(-1, 2, (4, 3, length), generator=g).double().requires_grad_()
+        weights = [torch.randint(-1, 2, s, generator=g).double().requires_grad_() for s in ((3, 3, 2), (3, 3, 2))]
+        block = BlockWeights(weights[0], None, weights[1], None)
+        grads = []
+        for backend in ("cpu", "reference"):
+            y = causal_conv_stack(x, [block], [dilation], negative_slope=0.0, pool=True, backend=backend)
+            whole = causal_conv_stack(x, [block], [dilation], negative_slope=0.0, backend=backend)
+            assert ((whole == y[..., None]).sum(2) > 1).any()
+            assert torch.equal(y, whole.amax(2))
+            grads.append(torch.autograd.grad(y.square().sum(), [x, *weights]))
+        assert all(map(torch.equal, *grads))
+
+
+def test_pool_of_nan_and_infinity(capability):
+    stack = (4, 700, (2, 9, 9), 3, (1, 130), True)
+    tensors = stack_tensors(stack, torch.float32)
+    function = run_stack(stack[4], True, backend="cpu")
+    expected = function(**tensors)
+    tensors["x"][1, 0, 123] = float("nan")
+    y = function(**tensors)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
+    lowest = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    lowest["x"] += 1
+    lowest["1.bias2"] -= float("inf")
+    assert (function(**lowest) == -float("inf")).all()
 
 
 def test_self_check_passes(capability):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels.ops import causal_conv1d, causal_conv_block, weight_norm
+from pykernels.ops import BlockWeights, causal_conv1d, causal_conv_stack, weight_norm
 
 from .cases import CASES, FEW, Case, assert_agree, definition, results
 
@@ -75,24 +75,49 @@ def test_any_strides(case: Case, dtype, layout, capability):
     assert actual["y"].is_contiguous()
 
 
+def two_blocks(batch, length, dtype=torch.float32, seed=0):
+    """x and the weights of a block with a skip and of one without."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, 5, length), (7, 5, 3), (7,), (4, 7, 3), (4,), (4, 5, 1), (4,), (6, 4, 2), (6,), (4, 6, 2), (4,)]
+    return [torch.randn(s, generator=g, dtype=dtype) for s in shapes]
+
+
+def run_stack(leaves, pool):
+    blocks = [BlockWeights(*leaves[1:7]), BlockWeights(*leaves[7:])]
+    return causal_conv_stack(leaves[0], blocks, [8, 3], pool=pool, backend="cpu")
+
+
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_block_and_weight_norm(layout, capability):
-    g = torch.Generator().manual_seed(0)
-    shapes = [(3, 5, 70), (7, 5, 3), (7,), (4, 7, 3), (4,), (4, 5, 1), (4,)]
-    tensors = [torch.randn(s, generator=g) for s in shapes]
-    grad = torch.randn(3, 4, 70, generator=g)
+def test_any_strides_stack_and_weight_norm(layout, pool, capability):
+    tensors = two_blocks(3, 70)
+    grad = random_like(run_stack(tensors, pool))
 
     def run(change):
         leaves = [change(t).detach().requires_grad_() for t in tensors]
-        y = causal_conv_block(*leaves, dilation=8, backend="cpu")
         w = weight_norm([leaves[1], leaves[3]], [leaves[2], leaves[4]], backend="cpu")
-        outputs = [y, *w]
+        outputs = [run_stack(leaves, pool), *w]
         gradients = [change(grad), change(tensors[1]), change(tensors[3])]
         return outputs + list(torch.autograd.grad(outputs, leaves, gradients))
 
     for actual, expected in zip(run(layout), run(lambda t: t), strict=True):
         assert expected.isfinite().all()
         assert torch.equal(actual, expected)
+
+
+def random_like(t: Tensor) -> Tensor:
+    return torch.randn(t.shape, generator=torch.Generator().manual_seed(9), dtype=t.dtype)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_stack_with_expanded_tensors(pool, capability):
+    leaves = [t.narrow(-1, 0, 1).expand(t.shape) for t in two_blocks(3, 70, torch.float64)]
+    outcomes = []
+    for change in (lambda t: t, lambda t: t.contiguous()):
+        tensors = [change(t).detach().requires_grad_() for t in leaves]
+        y = run_stack(tensors, pool)
+        outcomes.append([y, *torch.autograd.grad(y.sum(), tensors)])
+    assert all(map(torch.equal, *outcomes))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -144,11 +169,10 @@ def test_every_output_is_written(dtype, capability, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_output_of_block_and_weight_norm_is_written(dtype, capability, poisoned):
-    for batch, length in ((3, 70), (0, 70), (3, 0), (1, 1)):
-        shapes = [(batch, 5, length), (7, 5, 3), (7,), (4, 7, 3), (4,), (4, 5, 1), (4,)]
-        leaves = [torch.ones(s, dtype=dtype, requires_grad=True) for s in shapes]
-        outputs = [causal_conv_block(*leaves, dilation=8, backend="cpu"), *weight_norm([leaves[1]], [leaves[2]])]
+def test_every_output_of_stack_and_weight_norm_is_written(dtype, capability, poisoned):
+    for batch, length, pool in ((3, 70, False), (3, 70, True), (0, 70, True), (3, 0, False), (1, 1, True)):
+        leaves = [t.requires_grad_() for t in two_blocks(batch, length, dtype)]
+        outputs = [run_stack(leaves, pool), *weight_norm([leaves[1]], [leaves[2]], backend="cpu")]
         gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
         assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
@@ -157,7 +181,7 @@ GUARDED = """
 import ctypes, itertools, mmap, sys
 import torch
 import pykernels
-from pykernels.ops import causal_conv1d, causal_conv_block, weight_norm
+from pykernels.ops import causal_conv1d, causal_conv_stack, weight_norm
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -181,7 +205,7 @@ def guarded(shape, dtype, at_end):
             raise OSError(ctypes.get_errno(), "mprotect")
     offset = PAGE + (pages * PAGE - size if at_end else 0)
     t = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
-    return t.fill_(float("nan"))
+    return t.fill_(float("nan") if dtype.is_floating_point else -(2**62))
 
 
 if sys.argv[1] == "self-test":
@@ -222,11 +246,15 @@ for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float3
             gradients = torch.autograd.grad(y, [*tensors, residual], random(batch, o, length).detach())
             assert all(bool(t.isfinite().all()) for t in (y, *gradients))
         tensors = [random(batch, c, length), random(o, c, k), random(o), random(c, o, k), random(c)]
-        y = causal_conv_block(*tensors, dilation=dilation, backend="cpu")
-        w = weight_norm([tensors[1]], [tensors[2]], backend="cpu")
-        gradients = torch.autograd.grad([y, *w], tensors, [random(*t.shape).detach() for t in (y, *w)])
-        assert all(bool(t.isfinite().all()) for t in (y, *w, *gradients))
-        del tensors, residual, y, w, gradients
+        widened = [random(o, c, k), random(o), random(o, o, k), random(o), random(o, c, 1), random(o)]
+        for pool in (False, True):
+            blocks = [tensors[1:], widened]
+            y = causal_conv_stack(tensors[0], blocks, [dilation, 2], pool=pool, backend="cpu")
+            w = weight_norm([tensors[1]], [tensors[2]], backend="cpu")
+            leaves = [*tensors, *widened]
+            gradients = torch.autograd.grad([y, *w], leaves, [random(*t.shape).detach() for t in (y, *w)])
+            assert all(bool(t.isfinite().all()) for t in (y, *w, *gradients))
+        del tensors, widened, residual, leaves, blocks, y, w, gradients
         kept.clear()
 assert made > 500, made
 print("done")
@@ -234,7 +262,7 @@ print("done")
 
 
 def run_guarded(mode: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-c", GUARDED, mode], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-P", "-c", GUARDED, mode], capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect through ctypes")

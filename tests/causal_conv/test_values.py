@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pykernels
-from pykernels.ops import causal_conv1d, causal_conv_block
+from pykernels.ops import causal_conv1d, causal_conv_stack
 
 from .cases import ACTIVATIONS, CASES, FEW, RUNNERS, Case, activate, results
 
@@ -100,16 +100,16 @@ def test_bits_depend_on_neither_the_run_nor_the_thread_count(case: Case, dtype, 
             assert torch.equal(t, expected[name]), (threads, name)
 
 
-def test_bits_of_a_block_depend_on_neither_the_run_nor_the_thread_count(capability):
+@pytest.mark.parametrize("pool", [False, True])
+def test_bits_of_a_stack_depend_on_neither_the_run_nor_the_thread_count(capability, pool):
     g = torch.Generator().manual_seed(0)
     shapes = [(10, 40, 385), (41, 40, 3), (41,), (160, 41, 3), (160,), (160, 40, 1), (160,)]
     leaves = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
-    grad = torch.randn(10, 160, 385, generator=g)
     outcomes = []
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        y = causal_conv_block(*leaves, dilation=16, backend="cpu")
-        outcomes.append((y.detach(), *torch.autograd.grad(y, leaves, grad)))
+        y = causal_conv_stack(leaves[0], [leaves[1:]], [16], pool=pool, backend="cpu")
+        outcomes.append((y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)))
     for other in outcomes[1:]:
         assert all(map(torch.equal, other, outcomes[0]))
 
