@@ -88,7 +88,7 @@ def test_the_future_does_not_change_the_past(runner, case: Case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case for case in (*FEW, *CASES) if case.flops > 200_000], ids=str)
+@pytest.mark.parametrize("case", [case for case in (*FEW, *CASES[:90]) if case.flops > 200_000], ids=str)
 def test_bits_depend_on_neither_the_run_nor_the_thread_count(case: Case, dtype, capability):
     """For problems that are large enough to be shared between threads."""
     tensors, grad = case.tensors(dtype), case.grad(dtype)
