@@ -12,10 +12,11 @@
 // rows of weights (broadcast) times `conv_columns` vectors of time; bias, activation and residual are applied as it is
 // written.
 //
-// Backward, per tile: dz = grad_y act'(z) goes into a panel that reaches right instead of left. grad_x is the same product
-// with W_j^T; grad_weight[o,c,j] = sum_t dz[o,t] x[c,t-j*d] is a product of rows of the two panels with vectors of
-// time as the reduced index. Tiles form groups that are reduced in registers and groups form chunks, each with
-// its own partial grad_weight; both depend on the problem's size alone, so results do not depend on the thread count.
+// Backward: dz = grad_y act'(z) goes into a panel that reaches right instead of left, and grad_x is the same product with
+// W_j^T. grad_weight[o,c,j] = sum_t dz[o,t] x[c,t-j*d] is a product of rows of a dz panel with rows of x, read in place,
+// with vectors of time as the reduced index. Samples form groups that are reduced in registers, and groups form chunks,
+// each with its own partial grad_weight; both depend on the problem's size alone, so results do not depend on the
+// number of threads.
 //
 // Cost: 2 O C K B T flops forward (dead taps excepted) and twice that backward; forward reads x and writes y once.
 
