@@ -641,7 +641,7 @@ void reduce_bias(T* grad_bias, const ConvShape& s, const Group<T>& group) {
     }
 }
 
-// The two loops of the backward: over chunks for grad_weight and grad_bias, over tiles for grad_x.
+// The backward: chunks for grad_weight and grad_bias, tiles for grad_x.
 template <class T>
 struct BackwardTask {
     const CausalConvBackward<T>& p;
@@ -656,6 +656,7 @@ struct BackwardTask {
     Index partial_stride = 0, weights = 0;
 
     Tiling grad_x_tiling{};
+    Index grad_x_tiles = 0;
     Index taps = 0;
     const T* packed = nullptr;  // W^T
 
@@ -720,6 +721,16 @@ struct BackwardTask {
         if (p.grad_bias != nullptr) sum(weights).store_first(p.grad_bias + o0, n);
     }
 
+    // A chunk and its share of the tiles of grad_x, which find grad_y and h still in cache.
+    void reduce_and_propagate(Index chunk, int worker) const {
+        reduce(chunk, worker);
+        for (Index tile = chunk * grad_x_tiles / chunks; tile < (chunk + 1) * grad_x_tiles / chunks; ++tile)
+            propagate(tile, worker);
+    }
+
+    static void run_both(const void* task, Index chunk, int worker) {
+        static_cast<const BackwardTask*>(task)->reduce_and_propagate(chunk, worker);
+    }
     static void run_reduce(const void* task, Index chunk, int worker) {
         static_cast<const BackwardTask*>(task)->reduce(chunk, worker);
     }
@@ -780,9 +791,13 @@ void backward(const CausalConvBackward<T>& p) {
     task.packed = memory;
     task.memory = memory + packed;
     task.partial = task.memory + workers * task.memory_stride;
-    const Index grad_x_tiles = p.grad_x == nullptr ? 0 : s.batch * task.grad_x_tiling.per_sample;
-    parallel_tasks(task.chunks, workers, BackwardTask<T>::run_reduce, &task);
-    parallel_tasks(grad_x_tiles, workers, BackwardTask<T>::run_propagate, &task);
+    task.grad_x_tiles = p.grad_x == nullptr ? 0 : s.batch * task.grad_x_tiling.per_sample;
+    if (task.chunks >= workers) {
+        parallel_tasks(task.chunks, workers, BackwardTask<T>::run_both, &task);
+    } else {
+        parallel_tasks(task.chunks, workers, BackwardTask<T>::run_reduce, &task);
+        parallel_tasks(task.grad_x_tiles, workers, BackwardTask<T>::run_propagate, &task);
+    }
     parallel_tasks(task.chunks == 0 ? 0 : divide_up(s.out_channels, Vec<T>::lanes), workers,
                    BackwardTask<T>::run_finish, &task);
 }
