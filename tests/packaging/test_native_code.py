@@ -54,7 +54,7 @@ def test_a_unit_for_one_capability_shares_no_code_with_the_others(source_tree: P
         symbols = [line.split(maxsplit=2)[1:] for line in listing.stdout.splitlines()]
         # DW.ref.* are pointers that the compiler shares between all units, not code.
         weak = [name for kind, name in symbols if kind in "WVu" and not name.startswith("DW.ref.")]
-        assert weak, "nm listed no weak symbol at all"
+        assert any(f"pk::{ISA}::" in name for _, name in symbols), "nm listed nothing of this unit"
         assert [name for name in weak if f"pk::{ISA}::" not in name] == []
 
 
