@@ -1,8 +1,8 @@
-#include <cmath>
 #include <cstdint>
 
 #include "causal_conv/weight_norm.hpp"
 #include "common/arrays.hpp"
+#include "common/math.hpp"
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
 
@@ -44,7 +44,7 @@ void run_forward(const void* weights, Index index, int) {
     const WeightNormForward<T>& p = static_cast<const WeightNormForward<T>*>(weights)[index];
     for (Index row = 0; row < p.rows; ++row) {
         const T* v = p.v + row * p.columns;
-        combine(p.w + row * p.columns, p.g[row] / std::sqrt(dot(v, v, p.columns)), v, T(0), v, p.columns);
+        combine(p.w + row * p.columns, p.g[row] / sqrt(dot(v, v, p.columns)), v, T(0), v, p.columns);
     }
 }
 
@@ -54,7 +54,7 @@ void run_backward(const void* weights, Index index, int) {
     for (Index row = 0; row < p.rows; ++row) {
         const T *v = p.v + row * p.columns, *grad_w = p.grad_w + row * p.columns;
         const T square = dot(v, v, p.columns), projection = dot(grad_w, v, p.columns);
-        const T norm = std::sqrt(square), scale = p.g[row] / norm;
+        const T norm = sqrt(square), scale = p.g[row] / norm;
         p.grad_g[row] = projection / norm;
         combine(p.grad_v + row * p.columns, scale, grad_w, -scale * (projection / square), v, p.columns);
     }

@@ -5,6 +5,10 @@
 
 PK_ISA_BEGIN
 
+// Not those of <cmath>, which are functions shared by all units (see isa.hpp).
+PK_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+PK_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+
 // ln 2 in two parts: n * ln2_high is exact for the n that occur here.
 template <class T>
 struct Ln2;
