@@ -47,6 +47,7 @@ test:
 bench:
 	$(setup) bench
 	$(python) bench/run.py $(ARGS)
+	$(python) -P -m pytest -q bench/test_micro.py
 
 lint:
 	$(setup) lint
