@@ -41,7 +41,7 @@ def live_flops(batch: int, in_channels: int, out_channels: int, length: int, ker
 
 
 def encoder_flops(encoder: CausalCNNEncoder, batch: int, length: int) -> int:
-    """Of one forward and dense backward, which costs twice the forward, also where the maximum over time spares some."""
+    """Of one forward and a dense backward, twice the forward, also where the maximum over time spares some of it."""
     convs = [m for m in encoder.modules() if isinstance(m, pykernels.nn.CausalConv1d)]
     sizes = [(batch, c.in_channels, c.out_channels, length, c.kernel_size[0], c.dilation[0]) for c in convs]
     return 3 * sum(live_flops(*size) for size in sizes)
