@@ -53,6 +53,7 @@ template <class T>
 PK_INLINE Index round_up_to_vector(Index n) {
     return divide_up(n, Vec<T>::lanes) * Vec<T>::lanes;
 }
+
 // Taps that see data in a stretch of time, when `reach` samples lie between its far end and the data's end.
 PK_INLINE Index live_taps(const ConvShape& s, Index reach) {
     return reach < 0 ? 0 : min(s.kernel_size, reach / s.dilation + 1);

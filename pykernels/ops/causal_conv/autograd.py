@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,9 +60,8 @@ class CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, _, ctx.dilation, ctx.activation, ctx.negative_slope = inputs
+        x, weight, _, _, ctx.dilation, ctx.activation, ctx.negative_slope = inputs
         ctx.set_materialize_grads(False)
-        ctx.has_bias = bias is not None
         activated = None
         if isinstance(output, tuple):
             activated = output[1]
@@ -80,10 +80,7 @@ class CausalConv1d(torch.autograd.Function):
         options = (ctx.dilation, ctx.activation, ctx.negative_slope, need_x, need_weight, need_bias)
         grad_x = grad_weight = grad_bias = None
         if need_x or need_weight or need_bias:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                gradients = apply(CausalConv1dBackward, grad_y, activated, x, weight, *options)
-            else:
-                gradients = backward_op(grad_y, activated, x, weight, *options)
+            gradients = run_backward(backward_op, grad_y, activated, x, weight, *options)
             grad_x = gradients[0] if need_x else None
             grad_weight = gradients[1] if need_weight else None
             grad_bias = gradients[2] if need_bias else None
@@ -104,12 +101,12 @@ class EagerCausalConv1d(torch.autograd.Function):
         return CausalConv1d.backward(ctx, *grads)
 
 
-class CausalConv1dBackward(torch.autograd.Function):
-    """The backward as a recorded operation, so that differentiating it raises instead of giving a silent zero."""
+class FirstDerivativeOnly(torch.autograd.Function):
+    """A backward ``run(*args)``, recorded so that differentiating it raises instead of giving a silent zero."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return backward_op(*args)
+    def forward(run: Callable[..., Any], *args: Any) -> Any:
+        return tuple(run(*args))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
@@ -118,3 +115,10 @@ class CausalConv1dBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(UNSUPPORTED.format("double backward"))
+
+
+def run_backward(run: Callable[..., Any], *args: Any) -> Any:
+    """``run(*args)``, recorded where the backward itself is being recorded."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return apply(FirstDerivativeOnly, run, *args)
+    return run(*args)

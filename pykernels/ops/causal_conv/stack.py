@@ -17,7 +17,7 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv, reference
-from pykernels.ops.causal_conv.autograd import UNSUPPORTED, CausalConv1d, apply, recording_function
+from pykernels.ops.causal_conv.autograd import CausalConv1d, apply, recording_function, run_backward
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS, IS_DOUBLE, implement, library, plain, rows
 
@@ -520,25 +520,13 @@ class CausalConvStack(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         needed = list(ctx.needs_input_grad[3:])
         args = (ctx.options, needed, grad, *ctx.saved_tensors)
-        gradients = iter(apply(CausalConvStackBackward, *args) if torch.is_grad_enabled() else _run_backward(*args))
+        gradients = iter(run_backward(_run_backward, *args))
         return (None, None, None, *(next(gradients) if need else None for need in needed))
 
 
 def _run_backward(options: tuple[Any, ...], needed: list[bool], grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     count = len(needed)
     return tuple(_backward_op(grad, tensors[0], tensors[1:count], tensors[count:], *options, needed))
-
-
-class CausalConvStackBackward(torch.autograd.Function):
-    """The backward as a recorded operation, so that differentiating it raises instead of giving a silent zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        return _run_backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(UNSUPPORTED.format("double backward"))
 
 
 def _can_run(x: Tensor, *rest: Any) -> Answer:

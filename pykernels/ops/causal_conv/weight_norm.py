@@ -11,7 +11,7 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv
-from pykernels.ops.causal_conv.autograd import UNSUPPORTED, CausalConv1d, apply, recording_function
+from pykernels.ops.causal_conv.autograd import CausalConv1d, apply, recording_function, run_backward
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import IS_DOUBLE, address, implement, library, plain
 
@@ -140,25 +140,12 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_w: Tensor) -> Any:
-        tensors = (ctx.count, *grad_w, *ctx.saved_tensors)
-        return None, *(apply(WeightNormBackward, *tensors) if torch.is_grad_enabled() else _run_backward(*tensors))
+        return None, *run_backward(_run_backward, ctx.count, *grad_w, *ctx.saved_tensors)
 
 
 def _run_backward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     grad_w, v, g = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
     return tuple(_backward_op(grad_w, v, g))
-
-
-class WeightNormBackward(torch.autograd.Function):
-    """The backward as a recorded operation, so that differentiating it raises instead of giving a silent zero."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:
-        return _run_backward(count, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(UNSUPPORTED.format("double backward"))
 
 
 def _can_run(v: list[Tensor], g: list[Tensor]) -> Answer:
