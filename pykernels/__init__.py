@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from pykernels import nn
+from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
 from pykernels.ops import causal_conv1d
@@ -15,6 +16,7 @@ __all__ = [
     "causal_conv1d",
     "cpu_capabilities",
     "cpu_capability",
+    "explain",
     "nn",
     "set_cpu_capability",
 ]
