@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +170,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         result = function(*args, **kwargs)
         seconds = time.perf_counter() - start
     for call in recorder.calls:
-        if call.cost is not None:
+        if call.cost is not None and call.device.type != "meta":
             call.limits = _limits(call.device, call.dtype, torch.get_num_threads())
     return Explanation(recorder.calls, seconds, _native.cpu_capability(), torch.get_num_threads(), result)
 
@@ -188,7 +187,8 @@ class _Recorder:
             return chosen
         backend = next(name for name, other in operator.implementations.items() if other is chosen)
         considered = [Considered(name, *other.can_run(*args)) for name, other in operator.implementations.items()]
-        names = list(inspect.signature(operator.implementations["reference"].run).parameters)
+        raw = getattr(torch.ops.pykernels, operator.name)  # which has the same arguments, and names for them
+        names = [argument.name for argument in raw.default._schema.arguments]
         return replace(
             chosen, run=lambda *run_args: self._run(operator, chosen, backend, requested, considered, names, run_args)
         )
@@ -213,10 +213,9 @@ class _Recorder:
             del self.open[thread]
         if backend == "reference":
             call.path = "reference"
-        elif call.raw and all(_operator_of(name) == operator.name for name in call.raw):
-            call.path = operator.path
         else:
-            call.path, call.not_fused = "composite", _obstacle()
+            call.not_fused = _obstacle(operator.name, call, args)
+            call.path = "composite" if call.not_fused else operator.path
         self.calls.append(call)
         return result
 
@@ -226,7 +225,7 @@ class _Recorder:
         if owner is not None:
             owner.raw.append(name)
             return run(*args)
-        operator = OPERATORS[_operator_of(name)]
+        operator = _operator_of(name)
         names = [argument.name for argument in op._schema.arguments]
         given = dict(zip(names, args, strict=False))
         call = _call(operator.name, names, args, given.get("backend", "cpu"), cost)
@@ -238,19 +237,28 @@ class _Recorder:
         return result
 
 
-def _operator_of(raw: str) -> str:
-    """The operator that a raw operator belongs to."""
-    return max((name for name in OPERATORS if raw.startswith(name)), key=len)
+def _operator_of(raw: str) -> Operator:
+    """The operator that a raw operator belongs to, which may be none but itself."""
+    name = max((name for name in OPERATORS if raw.startswith(name)), key=len, default=None)
+    return Operator(raw, {}, check=lambda backend: backends.Check({}, {})) if name is None else OPERATORS[name]
 
 
-def _obstacle() -> str:
-    """Why an operator is taken apart, as far as can be seen from outside."""
+def _obstacle(operator: str, call: Call, args: Sequence[Any]) -> str | None:
+    """Why an operator was taken apart, as far as can be seen from outside, or None if it was not."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         stack = torch._C._functorch.get_interpreter_stack() or ()
         return f"inside torch.func: {', '.join(level.key().name.lower() for level in stack)}"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0 and any(map(_is_dual, args)):
         return "inside forward-mode differentiation"
-    return "the operator's own kernel does not take these arguments"
+    if len(call.raw) == 1 and _operator_of(call.raw[0]).name == operator:
+        return None
+    return f"the {operator} kernel does not take these arguments of {call.dtype}"
+
+
+def _is_dual(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_dual, value))
+    return isinstance(value, Tensor) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
 
 
 def _call(
@@ -281,7 +289,7 @@ def _timed(call: Call, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
 
 
