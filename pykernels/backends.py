@@ -215,8 +215,8 @@ def _watched(operator: Operator, requested: str | None, chosen: Implementation, 
 def requested_by(argument: str | None) -> str:
     """In words, who asked for a backend in a call whose ``backend`` is ``argument``."""
     if argument is not None:
-        return "backend= of the call"
-    return "automatic choice" if _state.requested is None else "pykernels.backend() or PYKERNELS_BACKEND"
+        return "backend= argument"
+    return "automatic choice" if _state.requested is None else "pykernels.backend context or PYKERNELS_BACKEND"
 
 
 def _warn_fallback(operator: str, reason: str) -> None:
