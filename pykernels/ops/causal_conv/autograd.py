@@ -60,14 +60,15 @@ def run(*args: Any) -> Tensor:
 
 def composed(*args: Any) -> Tensor:
     """The same from bilinear maps and elementwise operations, differentiable in every way and to every order."""
-    *tensors, dilation, groups, activation, negative_slope, residual_before_activation, backend = args
-    options = Options(dilation, groups, activation, negative_slope, residual_before_activation)
+    backend = args[-1]
 
     def convolve(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, dilation: int, groups: int) -> Tensor:
         geometry = bilinear.Geometry(cu_seqlens, dilation, groups, tuple(weight.shape), backend)
         return bilinear.convolve(x, weight, geometry)
 
-    return compose(convolve, *tensors, options=options)
+    x, weight, bias, residual, initial_state, cu_seqlens, lengths, *options = args[:-1]
+    tensors = (x, weight, bias, residual, initial_state, cu_seqlens, lengths)
+    return compose(convolve, *tensors, Options(*options))
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -215,7 +216,7 @@ def differentiable_gradients(
         # Views, because one tensor may stand for several arguments.
         arguments = [t if t is None else t.view_as(t) for t in tensors]
         results = compute(*arguments)
-        wanted = [t for t, n in zip(arguments, needed, strict=True) if n]
+        wanted = [t for t, n in zip(arguments, needed, strict=True) if n and t is not None]
         if not wanted:
             return [None] * len(tensors)
         outputs = [results] if isinstance(results, Tensor) else list(results)

@@ -50,7 +50,8 @@ def grad_weight(dz: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
     """``t`` with its batch dimension in front."""
-    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    front: Tensor = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return front
 
 
 def _side_by_side(t: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ def _side_by_side(t: Tensor) -> Tensor:
 
 def _apart(t: Tensor, size: int) -> Tensor:
     """(B, V C, T) as (V, B, C, T)."""
-    return t.unflatten(1, (size, -1)).transpose(0, 1)
+    apart: Tensor = t.unflatten(1, (size, -1))
+    return apart.transpose(0, 1)
 
 
 class _Map(torch.autograd.Function):

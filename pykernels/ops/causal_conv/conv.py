@@ -62,8 +62,8 @@ def causal_conv1d(
         lengths: valid samples of each series of a padded batch, integers (B,) from 0 to T. Behind them the result is 0,
             whatever x and residual hold there, and so are the gradients. Not with ``cu_seqlens``.
         backend: a name in :data:`pykernels.backends.BACKENDS`, or None to choose automatically.
-        validate: check the values of ``cu_seqlens`` and ``lengths``: True, False, or None to do so on the CPU only, where
-            it does not wait for a device. Unchecked ones are clamped.
+        validate: check the values of ``cu_seqlens`` and ``lengths``: True, False, or None to do so on the CPU only,
+            where it does not wait for a device. Unchecked ones are clamped.
 
     Returns:
         y, shape (B, O, T), contiguous, dtype of ``x``; with ``return_final_state`` the pair (y, final_state).
@@ -261,10 +261,6 @@ def _run_cpu(*args: Any) -> Tensor:
     return autograd.run(*args, "cpu")
 
 
-def run_reference(*args: Any) -> Tensor:
-    return reference.causal_conv1d(*args[:7], reference.Options(*args[7:]))
-
-
 def cpu_available() -> Answer:
     return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
 
@@ -287,7 +283,7 @@ def _check(backend: str) -> Check:
 
     tensors = (random(10, 40, 150), random(17, 40, 3), random(17), random(10, 17, 150))
     return compare(
-        lambda x, w, b, r: run_reference(x, w, b, r, None, None, None, 64, 1, "tanh", 0.01, False),
+        lambda x, w, b, r: reference.causal_conv1d(x, w, b, r, None, None, None, 64, 1, "tanh", 0.01, False),
         lambda x, w, b, r: causal_conv1d(x, w, b, dilation=64, activation="tanh", residual=r, backend=backend),
         tensors,
     )
@@ -298,7 +294,7 @@ _OPERATOR = register(
         name="causal_conv1d",
         implementations={
             "cpu": Implementation(_run_cpu, cpu_can_run, cpu_available),
-            "reference": Implementation(run_reference, lambda x: YES, lambda: YES),
+            "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },
         check=_check,
         path="single convolution",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,8 +70,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     assert _native.cpu is not None
     if x.dtype in HALF:
-        single = [None if t is None else t.float() for t in (x, weight, bias, residual, initial_state)]
-        y, saved = forward(*single, cu_seqlens, lengths, options, save)  # type: ignore[arg-type]
+        single: list[Any] = [None if t is None else t.float() for t in (x, weight, bias, residual, initial_state)]
+        single += [cu_seqlens, lengths, options, save]
+        y, saved = forward(*single)
         return y.to(x.dtype), None if saved is None else saved.to(x.dtype)
     dilation, groups, activation, negative_slope, residual_before_activation = options
     x, weight = plain(x), plain(weight).contiguous()
@@ -137,18 +140,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert _native.cpu is not None
     if x.dtype in HALF:
-        single = [None if t is None else t.float() for t in (grad_y, saved, x, weight, initial_state)]
-        gradients = backward(
-            *single,  # type: ignore[arg-type]
-            cu_seqlens,
-            lengths,
-            options,
-            need_x,
-            need_weight,
-            need_bias,
-            need_state,
-        )
-        return tuple(g.to(x.dtype) for g in gradients)  # type: ignore[return-value]
+        single: list[Any] = [None if t is None else t.float() for t in (grad_y, saved, x, weight, initial_state)]
+        single += [cu_seqlens, lengths, options, need_x, need_weight, need_bias, need_state]
+        grad_x, grad_weight, grad_bias, grad_state = (g.to(x.dtype) for g in backward(*single))
+        return grad_x, grad_weight, grad_bias, grad_state
     weight, grad_y = plain(weight).contiguous(), plain(grad_y)
     x, x_strides = rows(x)
     gradients = empty_gradients(x, weight, initial_state, need_x, need_weight, need_bias, need_state)

@@ -8,7 +8,8 @@ function transforms and second derivatives of the compiled backends go through.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ def convolve(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, dilation: int
     """``conv(pad(x))``, for packed sequences one by one. Any dtype, device, order of derivative."""
     if cu_seqlens is not None and len(cu_seqlens) > 2:
         ends = cu_seqlens.tolist()
-        parts = [x[:, :, begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        parts = [x[:, :, begin:end] for begin, end in pairwise(ends)]
         return torch.cat([convolve(part, weight, None, dilation, groups) for part in parts], 2)
     batch, channels, length = x.shape
     # Taps that lie wholly before the start of the data add nothing; without them the padding stays short.
@@ -105,10 +106,10 @@ def causal_conv1d(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
-    options: Options,
+    *options: Any,
 ) -> Tensor:
-    """The definition: :func:`compose` with PyTorch's convolution."""
-    return compose(convolve, x, weight, bias, residual, initial_state, cu_seqlens, lengths, options)
+    """The definition: :func:`compose` with PyTorch's convolution. ``options`` are the fields of :class:`Options`."""
+    return compose(convolve, x, weight, bias, residual, initial_state, cu_seqlens, lengths, Options(*options))
 
 
 def final_state(

@@ -8,6 +8,7 @@ one is written, and behind the maximum over time the backward visits only the ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def causal_conv_stack(
         negative_slope: of the leaky ReLU, at least 0.
         pool: return the maximum over time. Its gradient belongs to one time per sample and channel, the first that
             reaches the maximum, and the backward of the last block costs accordingly less.
-        cu_seqlens, lengths: packed sequences, or series that end before T; the maximum is then over the samples of each.
+        cu_seqlens, lengths: packed sequences, or series that end before T; the maximum is over the samples of each.
         backend, validate: see :func:`pykernels.causal_conv1d`, for dtypes, derivatives and errors too.
 
     Returns:
@@ -178,7 +179,7 @@ def _run_reference(
     dilations: list[int],
     negative_slope: float,
     pool: bool,
-    one: Any = conv.run_reference,
+    one: Any = reference.causal_conv1d,
 ) -> Tensor:
     """The definition, with ``one`` as the single convolution, which takes the arguments of the operator."""
     for block, dilation in zip(_blocks_of(weights), dilations, strict=True):
@@ -223,7 +224,7 @@ torch.library.register_vmap(_argmax_op, _sequence_argmax_vmap, lib=library)
 
 def _run_composed(x: Tensor, weights: Sequence[Tensor | None], *rest: Any, one: Any) -> Tensor:
     """The same convolution by convolution on the compiled kernels."""
-    return _run_reference(x, weights, *rest, one=lambda *args: one(*args, "cpu"))
+    return partial(_run_reference, one=lambda *args: one(*args, "cpu"))(x, weights, *rest)
 
 
 def _run_cpu(x: Tensor, weights: list[Tensor | None], *rest: Any) -> Tensor:
