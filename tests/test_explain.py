@@ -146,6 +146,8 @@ def test_half_precision_stacks_are_taken_apart():
     assert len(call.raw) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # by Dynamo itself
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # by inductor
 def test_compiled_code_shows_what_its_graph_calls():
     w = torch.randn(4, 3, 2, requires_grad=True)
 

@@ -21,7 +21,7 @@ OUTPUT, GRADIENT = 1e-12, 1e-10  # allowed errors in float64
 
 # The thread count and the capability, which fixtures restore after a test, are the same for all examples of a test.
 repeatable = settings(
-    derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=[*HealthCheck]
+    derandomize=True, database=None, deadline=None, max_examples=80, suppress_health_check=[*HealthCheck]
 )
 each_capability = pytest.mark.parametrize("runner", COMPILED, ids=str)
 
@@ -97,7 +97,8 @@ def run(tensors: dict[str, Tensor], grad: Tensor, backend: str = "cpu", **option
     """y and the gradient of every tensor."""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     y = causal_conv1d(**leaves, backend=backend, **options)
-    gradients = torch.autograd.grad(y, list(leaves.values()), grad)
+    # An empty state, for K = 1, is not in the graph of the reference.
+    gradients = torch.autograd.grad(y, list(leaves.values()), grad, materialize_grads=backend == "reference")
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
@@ -236,7 +237,7 @@ def test_two_chunks_joined_by_a_state_are_the_whole(runner, problem: Problem, wh
 
 @each_capability
 @repeatable
-@given(problem=PROBLEMS, a=st.floats(-3, 3), b=st.floats(-3, 3))
+@given(problem=PROBLEMS, a=st.integers(-9, 9).map(lambda i: i / 4), b=st.integers(-9, 9).map(lambda i: i / 4))
 def test_linear_without_activation(runner, problem: Problem, a: float, b: float):
     runner.use()
     problem = problem._replace(activation="none", bias=False)

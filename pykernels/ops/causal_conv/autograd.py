@@ -136,7 +136,7 @@ def _gradients(
         if lengths is not None:
             grad_residual = grad_y.masked_fill(padding(x, lengths), 0)
         if residual_before_activation and saved is not None:
-            grad_residual = grad_y = activation_backward(grad_residual, saved, activation, negative_slope)
+            grad_residual = grad_y = activation_backward(grad_residual, saved, activation, negative_slope, backend)
             saved, activation = None, "none"
     if not (need_x or need_weight or need_bias or need_state):
         return [None, None, None, grad_residual, None]
@@ -167,18 +167,16 @@ def _gradients(
     ]
 
 
-def activation_backward(grad: Tensor, saved: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """``grad * act'(z)`` in one pass, from act(z), or from z for silu and gelu."""
-    aten = torch.ops.aten
-    if activation == "relu":
-        return aten.threshold_backward(grad, saved, 0.0)  # type: ignore[no-any-return]
-    if activation == "leaky_relu":
-        return aten.leaky_relu_backward(grad, saved, negative_slope, True)  # type: ignore[no-any-return]
-    if activation == "tanh":
-        return aten.tanh_backward(grad, saved)  # type: ignore[no-any-return]
-    if activation == "silu":
-        return aten.silu_backward(grad, saved)  # type: ignore[no-any-return]
-    return aten.gelu_backward(grad, saved)  # type: ignore[no-any-return]
+def activation_backward(grad: Tensor, saved: Tensor, activation: str, negative_slope: float, backend: str) -> Tensor:
+    """``grad * act'(z)`` in one pass, from act(z), or from z for silu and gelu.
+
+    As the gradient of a convolution with weights of one: PyTorch's own functions give other bits at the end of a tensor
+    than inside it, and those of a sample would depend on its place in the batch.
+    """
+    channels = grad.shape[1]
+    ones = grad.new_ones((channels, 1, 1))
+    where = (None, None, None, 1, channels, activation, negative_slope, backend)
+    return backward_op(grad, saved, saved, ones, *where, True, False, False, False)[0]  # type: ignore[no-any-return]
 
 
 def _gradients_by_composition(
