@@ -49,6 +49,7 @@ saving_op = torch.ops.pykernels.causal_conv1d_saving.default
 backward_op = torch.ops.pykernels.causal_conv1d_backward.default
 
 _kernels: dict[str, Any] = {}
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def kernels(backend: str) -> Any:
@@ -123,6 +124,17 @@ def _backward(
         need_state,
     )
     return gradients
+
+
+def unobserved(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels may be called without torch's dispatcher, which costs 5 us: nothing traces or profiles."""
+    return (
+        type(x) in _PLAIN_TYPES
+        and type(weight) in _PLAIN_TYPES
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
 
 
 def empty_gradients(
