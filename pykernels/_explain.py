@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -187,8 +188,7 @@ class _Recorder:
             return chosen
         backend = next(name for name, other in operator.implementations.items() if other is chosen)
         considered = [Considered(name, *other.can_run(*args)) for name, other in operator.implementations.items()]
-        raw = getattr(torch.ops.pykernels, operator.name)  # which has the same arguments, and names for them
-        names = [argument.name for argument in raw.default._schema.arguments]
+        names = _argument_names(operator, chosen)
         return replace(
             chosen, run=lambda *run_args: self._run(operator, chosen, backend, requested, considered, names, run_args)
         )
@@ -237,6 +237,14 @@ class _Recorder:
         return result
 
 
+def _argument_names(operator: Operator, chosen: Implementation) -> list[str]:
+    """Of ``run``: those of the raw operator with the same arguments, if there is one."""
+    if hasattr(torch.ops.pykernels, operator.name):
+        raw = getattr(torch.ops.pykernels, operator.name).default
+        return [argument.name for argument in raw._schema.arguments]
+    return list(inspect.signature(chosen.run).parameters)
+
+
 def _operator_of(raw: str) -> Operator:
     """The operator that a raw operator belongs to, which may be none but itself."""
     name = max((name for name in OPERATORS if raw.startswith(name)), key=len, default=None)
@@ -250,6 +258,8 @@ def _obstacle(operator: str, call: Call, args: Sequence[Any]) -> str | None:
         return f"inside torch.func: {', '.join(level.key().name.lower() for level in stack)}"
     if torch.autograd.forward_ad._current_level >= 0 and any(map(_is_dual, args)):
         return "inside forward-mode differentiation"
+    if not hasattr(torch.ops.pykernels, operator):  # it calls its kernel itself
+        return None
     if len(call.raw) == 1 and _operator_of(call.raw[0]).name == operator:
         return None
     return f"the {operator} kernel does not take these arguments of {call.dtype}"

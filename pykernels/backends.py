@@ -105,7 +105,7 @@ _recorder: Recorder | None = None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _recording() -> bool:
+def is_recording() -> bool:
     """A function, so that torch.compile puts no guard on the answer, and recompiles nothing to have it explained."""
     return _recorder is not None
 
@@ -193,7 +193,7 @@ def select(operator: Operator, requested: str | None, *args: Any) -> Implementat
             if answer.ok:
                 if candidate == "reference":
                     _warn_fallback(operator.name, first_reason)
-                return _watched(operator, requested, implementation, args) if _recording() else implementation
+                return _watched(operator, requested, implementation, args) if is_recording() else implementation
             first_reason = first_reason or f"{candidate}: {answer.reason}"
         raise RuntimeError(f"no backend can run {operator.name} ({first_reason})")
     _check_name(name, "backend")
@@ -203,7 +203,7 @@ def select(operator: Operator, requested: str | None, *args: Any) -> Implementat
     answer = implementation.can_run(*args)
     if not answer.ok:
         raise RuntimeError(f"backend {name!r} cannot run {operator.name}: {answer.reason}")
-    return _watched(operator, requested, implementation, args) if _recording() else implementation
+    return _watched(operator, requested, implementation, args) if is_recording() else implementation
 
 
 def _watched(operator: Operator, requested: str | None, chosen: Implementation, args: Any) -> Implementation:

@@ -51,6 +51,16 @@ def test_one_convolution():
     assert torch.equal(explanation.result, layer(X))
 
 
+def test_one_sample():
+    state = pykernels.ConvState.zeros(2, 3, 4)
+    with torch.no_grad():
+        (call,) = explain(pykernels.causal_conv1d_step, X[:, :, 0], state, torch.ones(5, 3, 4)).calls
+    assert (call.operator, call.path, call.backend) == ("causal_conv1d_step", "one sample", "cpu")
+    assert call.not_fused is None
+    assert call.shapes == {"x_t": (2, 3), "weight": (5, 3, 4)}
+    assert call.cost == (2 * 2 * 5 * 3 * 4, 4 * (2 * 3 * (4 + 1) + 5 * 3 * 4 + 2 * 5))
+
+
 def test_the_report_has_it_all():
     text = str(explain(CausalConv1d(3, 8, 3), X))
     for part in (
@@ -226,4 +236,4 @@ def test_costs_nothing_when_it_is_off():
             times.append(time.perf_counter() - start)
         return min(times)
 
-    assert best(backends._recording) < 0.05 * best(lambda: causal_conv1d(x, w))
+    assert best(backends.is_recording) < 0.05 * best(lambda: causal_conv1d(x, w))

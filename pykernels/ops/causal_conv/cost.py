@@ -63,6 +63,13 @@ def backward(grad_y: Tensor, saved: Tensor | None, x: Tensor, weight: Tensor, *r
     return Cost(flops, size((*read, *gradients)) + bias)
 
 
+def step(x_t: Tensor, state: Any, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any) -> Cost:
+    """Of ``causal_conv1d_step``: one sample of each series is read for every tap, and one is written to the state."""
+    batch, kernel_size = x_t.shape[0], weight.shape[2]
+    y = batch * weight.shape[0] * x_t.element_size()
+    return Cost(2 * batch * weight.numel(), (kernel_size + 1) * size((x_t,)) + size((weight, bias, residual)) + y)
+
+
 def stack_forward(x: Tensor, weights: Sequence[Tensor | None], *rest: Any) -> Cost:
     """Of ``causal_conv_stack``; ``rest`` are cu_seqlens, lengths, dilations, negative_slope, pool, perhaps save."""
     cu_seqlens, _, dilations, _, pool, *save = rest

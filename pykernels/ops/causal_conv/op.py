@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels.backends import Cost, observed
+from pykernels.backends import Cost, is_recording, observed
 from pykernels.ops.causal_conv import cost
 from pykernels.ops.causal_conv.reference import Options
 
@@ -127,12 +127,13 @@ def _backward(
 
 
 def unobserved(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels may be called without torch's dispatcher, which costs 5 us: nothing traces or profiles."""
+    """Whether the kernels may be called without torch's dispatcher, which costs 5 us: nothing looks on."""
     return (
         type(x) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
+        and not is_recording()
         and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
 
