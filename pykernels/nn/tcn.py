@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pykernels.nn.causal_conv import CausalConv1d
+from pykernels.ops.causal_conv.reference import padding
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -61,11 +62,11 @@ class TemporalBlock(nn.Module):
             self.downsample = CausalConv1d(in_channels, out_channels, 1, **options)
             nn.init.normal_(self.downsample.weight, 0, 0.01)
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.downsample is None else self.downsample(x)
-        h = self.dropout(self.conv1(x))
+    def forward(self, x: Tensor, **modes: Tensor | None) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x, **modes)
+        h = self.dropout(self.conv1(x, **modes))
         dropping = self.training and self.dropout.p > 0
-        y = self.dropout(self.conv2(h)) + residual if dropping else self.conv2(h, residual)
+        y = self.dropout(self.conv2(h, **modes)) + residual if dropping else self.conv2(h, residual, **modes)
         assert self.conv2.activation is not None
         return ACTIVATIONS[self.conv2.activation](y)
 
@@ -93,6 +94,7 @@ class TemporalConvNet(nn.Module):
 
     Shape:
         input (B, num_inputs, T) or (num_inputs, T), output (B, num_channels[-1], T) or (num_channels[-1], T).
+        ``forward`` also takes ``cu_seqlens`` or ``lengths``, see :func:`pykernels.causal_conv1d`, with (B, C, T).
 
     Raises:
         ValueError: if ``num_channels`` is empty, ``dilations`` has another length, or there is no such activation.
@@ -144,9 +146,12 @@ class TemporalConvNet(nn.Module):
         )
         self.register_load_state_dict_pre_hook(_drop_duplicates)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.network(x)
-        return y
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        if lengths is not None and x.dim() == 3:  # the residual connections carry x past the convolutions
+            x = x.masked_fill(padding(x, lengths), 0)
+        for block in self.network:
+            x = block(x, cu_seqlens=cu_seqlens, lengths=lengths)
+        return x
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """The state_dict with the keys of the widely copied implementation, weight normalisation of the old style."""

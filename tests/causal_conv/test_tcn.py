@@ -154,6 +154,25 @@ def test_sees_no_future_and_as_much_of_the_past_as_its_dilations_reach():
     assert not grad[0, 0, : 80 - reach].any()
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_series_of_unequal_length_packed_or_padded(train):
+    torch.manual_seed(0)
+    net = TemporalConvNet(3, [5, 8], kernel_size=3, dropout=0.0 if train else 0.3).train(train)
+    series = [torch.randn(1, 3, n) for n in (20, 1, 33)]
+    alone = [net(x) for x in series]
+    packed = net(torch.cat(series, 2), cu_seqlens=torch.tensor([0, 20, 21, 54], dtype=torch.int32))
+    torch.testing.assert_close(packed, torch.cat(alone, 2))
+    padded = torch.full((3, 3, 33), float("nan"))
+    for i, x in enumerate(series):
+        padded[i, :, : x.shape[2]] = x
+    y = net(padded, lengths=torch.tensor([20, 1, 33]))
+    for i, expected in enumerate(alone):
+        torch.testing.assert_close(y[i : i + 1, :, : expected.shape[2]], expected)
+        assert not y[i, :, expected.shape[2] :].any()
+    net = TemporalConvNet(3, [3], dropout=0.5).train()
+    assert net(padded, lengths=torch.tensor([20, 1, 33])).isfinite().all()
+
+
 def test_start_shapes_and_copies():
     torch.manual_seed(0)
     net = TemporalConvNet(3, [50, 50], kernel_size=5)
