@@ -99,8 +99,9 @@ class Call:
         chosen = f" ({self.requested})" if self.requested else ""
         yield f"  backend   {self.backend}{chosen}"
         for other in self.considered:
-            verdict = "can run this call" if other.ok else f"cannot: {other.reason}"
-            yield f"            {other.backend}: {verdict}"
+            if other.backend != self.backend:
+                verdict = "could run this call" if other.ok else f"cannot, {other.reason}"
+                yield f"            {other.backend} {verdict}"
         yield f"  tensors   {', '.join(_describe(name, shape) for name, shape in self.shapes.items())}"
         yield f"            {self.dtype} on {self.device}"
         if self.cost is not None and self.share is not None:

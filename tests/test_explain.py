@@ -70,7 +70,7 @@ def test_the_report_has_it_all():
         "causal_conv1d, forward",
         "single convolution",
         "cpu (automatic choice)",
-        "reference: can run this call",
+        "reference could run this call",
         "x 2x3x50, weight 8x3x3, bias 8",
         "torch.float32 on cpu",
         "of the machine's limit, which is",
@@ -131,6 +131,7 @@ def test_why_a_backend_cannot_run_the_call():
     considered = {other.backend: other for other in call.considered}
     assert not considered["cpu"].ok
     assert "x is on meta" in considered["cpu"].reason
+    assert "cpu cannot, x is on meta" in "\n".join(call.lines())
 
 
 def test_transforms_take_an_operator_apart():
