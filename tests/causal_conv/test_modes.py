@@ -512,3 +512,100 @@ def test_modes_are_what_they_are_called():
                 groups(m) and m.state == state and (where is None or getattr(m, where) is not None) for m in MODES
             )
     assert [r.capability for r in COMPILED] == list(pykernels.cpu_capabilities())
+
+
+UNCHECKED = [  # offsets of sequences in 40 samples, and what they are taken for
+    ([0, 50, 20, 40], [0, 40, 40, 40]),
+    ([0, 20, 10, 40], [0, 20, 20, 40]),
+    ([5, 10, 12, 99], [0, 10, 12, 40]),
+    ([-3, -2, 4, 30], [0, 0, 4, 40]),
+    ([7, 2**31 - 1, -(2**31), 0], [0, 40, 40, 40]),
+]
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_unchecked_offsets_are_clamped(backend, groups, state, poisoned):
+    mode = Mode(1, 3, 3, 40, 3, 4, groups, "silu", "before", state=state, packed=(1, 2, 37))
+    tensors, grad = mode.tensors(torch.float64), mode.grad(torch.float64)
+    outcomes: list[dict] = [{}, {}]
+    for wrong, right in UNCHECKED:
+        with pytest.raises(ValueError, match="^cu_seqlens must start with 0, not decrease, and end with the 40 samples"):
+            causal_conv1d(**tensors, **{**mode.options(), "cu_seqlens": torch.tensor(wrong, dtype=torch.int32)})
+        for i, offsets in enumerate((wrong, right)):
+            where = {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32), "validate": False, "backend": backend}
+            options = {**mode.options(), **where}
+            outcomes[i] = results(causal_conv1d, tensors, grad, **options)
+            outcomes[i]["state"] = causal_conv1d(**tensors, **options, return_final_state=True)[1]
+            leaves = [t.clone().requires_grad_() for t in tensors.values()]
+            y = causal_conv1d(**dict(zip(tensors, leaves, strict=True)), **options)
+            first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+            outcomes[i] |= {f"second {name}": g for name, g in zip(tensors, second, strict=True)}
+        for name, t in outcomes[0].items():
+            assert t.isfinite().all(), (wrong, name)
+            assert torch.equal(t, outcomes[1][name]), (wrong, name)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_unchecked_lengths_are_clamped(backend, dtype, state, poisoned):
+    mode = Mode(3, 3, 4, 40, 3, 4, 1, "silu", "before", state=state, lengths=(40, 0, 7))
+    tensors, grad = mode.tensors(torch.float64), mode.grad(torch.float64)
+    far = torch.iinfo(dtype).max
+    for wrong in ([41, -1, 7], [far, -far, 7]):
+        outcomes = []
+        for lengths in (wrong, mode.lengths):
+            options = {**mode.options(), "lengths": torch.tensor(lengths, dtype=dtype), "backend": backend}
+            if lengths is wrong:
+                with pytest.raises(ValueError, match=r"^lengths must be between 0 and 40, got -\d+"):
+                    causal_conv1d(**tensors, **options)
+            options["validate"] = False
+            outcome = results(causal_conv1d, tensors, grad, **options)
+            outcome["state"] = causal_conv1d(**tensors, **options, return_final_state=True)[1]
+            outcomes.append(outcome)
+        for name, t in outcomes[0].items():
+            assert t.isfinite().all(), name
+            assert torch.equal(t, outcomes[1][name]), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_unchecked_sequences_of_a_stack(backend, pool):
+    """Clamped as those of a convolution; without a sample there is no maximum, which is an error at any rate."""
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((1, 3, 40), (3, 3, 3), (3, 3, 3))]
+    block = BlockWeights(tensors[1], None, tensors[2], None)
+
+    def run(x, **where):
+        x = x.clone().requires_grad_()
+        y = causal_conv_stack(x, [block], [2], pool=pool, backend=backend, **where)
+        return y.detach(), *torch.autograd.grad(y.sin().sum(), x)
+
+    def packed(*offsets, **options):
+        return run(tensors[0], cu_seqlens=torch.tensor(offsets, dtype=torch.int32), **options)
+
+    def padded(*lengths, **options):
+        return run(tensors[0].expand(2, 3, 40), lengths=torch.tensor(lengths), **options)
+
+    for actual, expected in (
+        (packed(5, 10, 12, 99, validate=False), packed(0, 10, 12, 40)),
+        (padded(99, 7, validate=False), padded(40, 7)),
+    ):
+        assert all(map(torch.equal, actual, expected))
+    for wrong in (lambda: packed(5, 10, 12, 99), lambda: packed(0, 12, 10, 40), lambda: padded(99, 7)):
+        with pytest.raises(ValueError, match=r"^(cu_seqlens|lengths) must"):
+            wrong()
+    if pool:
+        for empty in (
+            lambda **v: packed(0, 10, 10, 40, **v),
+            lambda **v: packed(0, 40, 40, **v),
+            lambda **v: padded(40, 0, **v),
+        ):
+            with pytest.raises(ValueError, match="empty series"):
+                empty()
+            if backend == "cpu":
+                with pytest.raises(ValueError, match="at least one sample"):
+                    empty(validate=False)
