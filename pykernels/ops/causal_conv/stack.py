@@ -193,7 +193,7 @@ def _run_reference(
     if not pool:
         return x
     if cu_seqlens is not None:
-        return x[0].gather(1, _argmax_op(x.detach(), cu_seqlens).T).T
+        return x[0].gather(1, _argmax_op(x.detach(), reference.clamped(cu_seqlens, x.shape[2])).T).T
     if lengths is not None:
         x = x.masked_fill(reference.padding(x, lengths), -float("inf"))
     return x.max(2).values
@@ -463,7 +463,7 @@ class _Launch:
         if self.sequences is None or self.sequences.offsets is None:
             out.zero_().scatter_(2, time[..., None], values[..., None])
         else:
-            begin = self.sequences.offsets[:-1, None]
+            begin = reference.clamped(self.sequences.offsets, self.length)[:-1, None]
             out.zero_()[0].scatter_(1, (time + begin).T, values.T)
 
     def _check(self, t: Tensor, channels: int, dims: int) -> Tensor:
