@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import autograd, reference
+from pykernels.ops.causal_conv import autograd, cost, reference
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS
 
@@ -302,5 +302,7 @@ _OPERATOR = register(
             "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },
         check=_check,
+        path="single convolution",
+        cost=cost.forward,
     )
 )

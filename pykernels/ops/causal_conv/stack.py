@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import conv, reference
+from pykernels.ops.causal_conv import conv, cost, reference
 from pykernels.ops.causal_conv.autograd import apply, composed, differentiable_gradients, recording, transforming
 from pykernels.ops.causal_conv.autograd import run as run_conv
 from pykernels.ops.causal_conv.check import compare
@@ -595,8 +595,8 @@ def _backward_fake(
     return [x.new_empty(t.shape) for t in _select([x, *weights], [x, *weights], needed) if t is not None]
 
 
-implement(_forward_op, _forward_cpu, _forward_fake)
-implement(_backward_op, _backward_cpu, _backward_fake)
+implement(_forward_op, _forward_cpu, _forward_fake, cost=cost.stack_forward)
+implement(_backward_op, _backward_cpu, _backward_fake, cost=cost.stack_backward)
 
 
 class CausalConvStack(torch.autograd.Function):
@@ -666,5 +666,7 @@ _OPERATOR = register(
             "reference": Implementation(_run_reference, lambda *args: YES, lambda: YES),
         },
         check=_check,
+        path="fused stack",
+        cost=cost.stack_forward,
     )
 )
