@@ -556,23 +556,42 @@ class Blocks(NamedTuple):
     columns: int
     depth: int
 
+    def arguments(self) -> dict[str, Any]:
+        dot = self.depth > 0
+        # A dense tile keeps its accumulators, and the addresses of the tiles on their way, in registers.
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "DOT": dot, "num_warps": 8 if dot else 4}
 
-def choose_blocks(rows: int, per_group: int, pairs: int, span: int, outer: int, x: Tensor) -> Blocks:
-    """The tile for a result of ``outer`` times ``rows`` times ``span``, by sizes and strides alone.
 
-    ``tl.dot`` takes at least 16 of everything; with less than a quarter of that most of its work would be padding.
-    """
-    width = triton.next_power_of_2(span)
-    if per_group < 4 or pairs < 16:
-        columns = min(max(width, 32), 32 if x.stride(1) == 1 and x.stride(2) != 1 else 1024)
-        return Blocks(min(triton.next_power_of_2(rows), 1024 // columns), columns, 0)
-    half = 2 if x.dtype == torch.float64 else 1
-    height = min(max(triton.next_power_of_2(per_group), 16), 64 // half)
-    columns = min(max(width, 16), 128 // half)
-    row_blocks = rows // per_group * triton.cdiv(per_group, height)
-    while columns > 32 and outer * row_blocks * triton.cdiv(span, columns) < ENOUGH_PROGRAMS:
-        columns //= 2
-    return Blocks(height, columns, 32 // half)
+def takes_dot(per_group: int, pairs: int) -> bool:
+    """``tl.dot`` takes at least 16 of everything; with less than a quarter of that most of its work is padding."""
+    return per_group >= 4 and pairs >= 16
+
+
+def power_between(low: int, n: int, high: int) -> int:
+    """The power of two that holds n, but at least ``low`` and at most ``high``."""
+    return min(max(int(triton.next_power_of_2(n)), low), high)
+
+
+def choose_blocks(source: Tensor, rows: int, per_group: int, pairs: int, outer: int, span: int, widest: int) -> Blocks:
+    """The tile for a result of ``outer`` times ``rows`` times ``span``, by sizes and strides alone."""
+    if not takes_dot(per_group, pairs):
+        channels_last = source.stride(1) == 1 and source.stride(2) != 1
+        columns = power_between(32, span, 32 if channels_last else 1024)
+        return Blocks(power_between(1, rows, 1024 // columns), columns, 0)
+    size = source.element_size()
+    blocks = Blocks(power_between(16, per_group, min(64, 256 // size)), power_between(16, span, widest), 128 // size)
+    while blocks.columns > 32:
+        if outer * row_blocks(blocks, rows, per_group) * triton.cdiv(span, blocks.columns) >= ENOUGH_PROGRAMS:
+            break
+        blocks = blocks._replace(columns=blocks.columns // 2)
+    return blocks
+
+
+def row_blocks(blocks: Blocks, rows: int, per_group: int) -> int:
+    """With ``tl.dot`` no block spans two groups."""
+    if blocks.depth:
+        return rows // per_group * int(triton.cdiv(per_group, blocks.rows))
+    return int(triton.cdiv(rows, blocks.rows))
 
 
 class Problem:
@@ -633,11 +652,6 @@ class Problem:
         )
         return tl.int32 if max(largest, 2 * self.length + self.reach) < INT32_LIMIT - 2**20 else tl.int64
 
-    def row_blocks(self, blocks: Blocks, rows: int, per_group: int) -> int:
-        if blocks.depth:
-            return rows // per_group * int(triton.cdiv(per_group, blocks.rows))
-        return int(triton.cdiv(rows, blocks.rows))
-
 
 def strides(name: str, t: Tensor | None) -> dict[str, int]:
     b, c, time = (0, 0, 0) if t is None else t.stride()
@@ -664,13 +678,14 @@ def forward(
     bias = None if bias is None else bias.resolve_neg().contiguous()
     residual = None if residual is None else residual.resolve_neg()
     pairs = p.in_per_group * p.weight.shape[2]
-    blocks = choose_blocks(p.out_channels, p.out_per_group, pairs, p.length, p.batch, x)
+    widest = min(128, 512 // x.element_size())
+    blocks = choose_blocks(p.x, p.out_channels, p.out_per_group, pairs, p.batch, p.length, widest)
     tiles = triton.cdiv(p.length, blocks.columns)
-    row_blocks = p.row_blocks(blocks, p.out_channels, p.out_per_group)
+    blocks_of_rows = row_blocks(blocks, p.out_channels, p.out_per_group)
     launch(
         x.device,
         causal_conv1d_forward,
-        p.batch * tiles * row_blocks,
+        p.batch * tiles * blocks_of_rows,
         x=p.x,
         weight=p.weight,
         bias=bias,
@@ -682,13 +697,11 @@ def forward(
         **strides("residual", residual),
         **p.sizes,
         tiles=tiles,
-        row_blocks=row_blocks,
+        row_blocks=blocks_of_rows,
         **p.constants,
         RESIDUAL_FIRST=options.residual_before_activation,
-        ROWS=blocks.rows,
-        COLUMNS=blocks.columns,
+        **blocks.arguments(),
         DEPTH=blocks.depth,
-        DOT=blocks.depth > 0,
         INDEX=p.index(p.x, p.weight, residual, p.state, y),
     )
     return y, saved
@@ -731,13 +744,14 @@ def _gradient_of_samples(p: Problem, grad_y: Tensor, saved: Tensor | None, grad:
     """Write the gradient of x or of the state into ``grad``."""
     outer, _, span = grad.shape
     pairs = p.out_per_group * p.weight.shape[2]
-    blocks = choose_blocks(p.in_channels, p.in_per_group, pairs, span, outer, grad_y)
+    widest = 256 // grad.element_size()  # less than forward: addresses in saved take registers, too
+    blocks = choose_blocks(grad_y, p.in_channels, p.in_per_group, pairs, outer, span, widest)
     tiles = triton.cdiv(span, blocks.columns)
-    row_blocks = p.row_blocks(blocks, p.in_channels, p.in_per_group)
+    blocks_of_rows = row_blocks(blocks, p.in_channels, p.in_per_group)
     launch(
         grad.device,
         causal_conv1d_backward_input,
-        outer * tiles * row_blocks,
+        outer * tiles * blocks_of_rows,
         grad_y=grad_y,
         saved=saved,
         weight=p.weight,
@@ -745,13 +759,11 @@ def _gradient_of_samples(p: Problem, grad_y: Tensor, saved: Tensor | None, grad:
         **strides("grad", grad_y),
         **p.sizes,
         tiles=tiles,
-        row_blocks=row_blocks,
+        row_blocks=blocks_of_rows,
         **p.constants,
         OF_STATE=of_state,
-        ROWS=blocks.rows,
-        COLUMNS=blocks.columns,
+        **blocks.arguments(),
         DEPTH=blocks.depth,
-        DOT=blocks.depth > 0,
         INDEX=p.index(grad_y, saved, p.weight, grad),
     )
 
@@ -765,20 +777,20 @@ def _gradient_of_parameters(
     if not (need_weight or need_bias):
         return grad_weight, grad_bias
     pairs = p.in_per_group * weight.shape[2]
-    half = 2 if weight.dtype == torch.float64 else 1
-    width = triton.next_power_of_2(p.length)
-    dot = p.out_per_group >= 4 and pairs >= 16
-    if dot:
-        blocks = Blocks(min(max(triton.next_power_of_2(p.out_per_group), 16), 64 // half), min(max(width, 16), 32), 1)
-        pair_block = min(triton.next_power_of_2(pairs), 64 // half)
+    if takes_dot(p.out_per_group, pairs):
+        size = weight.element_size()
+        highest = min(64, 256 // size)
+        pair_block = power_between(16, pairs, highest)
+        rows = power_between(16, p.out_per_group, highest)
+        blocks = Blocks(rows, power_between(16, p.length, 128 // size), pair_block)
     else:
-        pair_block = min(triton.next_power_of_2(pairs), 32)
-        blocks = Blocks(1, min(max(width, 32), 2048 // pair_block), 0)
+        pair_block = power_between(1, pairs, 32)
+        blocks = Blocks(1, power_between(32, p.length, 2048 // pair_block), 0)
     tiles = triton.cdiv(p.length, blocks.columns)
-    row_blocks = p.row_blocks(blocks, p.out_channels, p.out_per_group)
+    blocks_of_rows = row_blocks(blocks, p.out_channels, p.out_per_group)
     pair_blocks = triton.cdiv(pairs, pair_block) if need_weight else 1
     all_tiles = p.batch * tiles
-    tiles_per_run = triton.cdiv(all_tiles, max(1, ENOUGH_PROGRAMS // (row_blocks * pair_blocks)))
+    tiles_per_run = triton.cdiv(all_tiles, max(1, ENOUGH_PROGRAMS // (blocks_of_rows * pair_blocks)))
     runs = triton.cdiv(all_tiles, tiles_per_run)
     sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -791,7 +803,7 @@ def _gradient_of_parameters(
     launch(
         weight.device,
         causal_conv1d_backward_weight,
-        runs * row_blocks * pair_blocks,
+        runs * blocks_of_rows * pair_blocks,
         grad_y=grad_y,
         saved=saved,
         x=p.x,
@@ -804,13 +816,11 @@ def _gradient_of_parameters(
         tiles=tiles,
         all_tiles=all_tiles,
         tiles_per_run=tiles_per_run,
-        row_blocks=row_blocks,
+        row_blocks=blocks_of_rows,
         pair_blocks=pair_blocks,
         **p.constants,
-        ROWS=blocks.rows,
+        **blocks.arguments(),
         PAIRS=pair_block,
-        COLUMNS=blocks.columns,
-        DOT=dot,
         INDEX=index,
     )
     for grad, partial in ((grad_weight, weight_sums), (grad_bias, bias_sums)):
