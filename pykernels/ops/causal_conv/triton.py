@@ -21,16 +21,15 @@ makes partial sums that a last kernel adds in order: no atomics, the same bits e
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pykernels.ops.causal_conv.op import Options
+from pykernels.ops.causal_conv.op import empty_gradients
+from pykernels.ops.causal_conv.reference import Options
 
 #: Programs that are enough for a GPU: tiles are made smaller, and sums over time split, to reach them.
 ENOUGH_PROGRAMS = 512
@@ -725,19 +724,21 @@ def backward(
     p = Problem(x, weight, initial_state, cu_seqlens, lengths, options)
     grad_y = grad_y.resolve_neg()
     saved = None if saved is None else saved.resolve_neg().contiguous()
-    nothing = (0,)
-    grad_x = x.new_empty(x.shape if need_x else nothing)
-    grad_state = x.new_empty(initial_state.shape if need_state and initial_state is not None else nothing)
+    gradients = empty_gradients(x, weight, initial_state, need_x, need_weight, need_bias, need_state)
     if p.empty():
-        grad_weight = weight.new_zeros(weight.shape if need_weight else nothing)
-        grad_bias = weight.new_zeros(p.out_channels if need_bias else nothing)
-        return grad_x.zero_(), grad_weight, grad_bias, grad_state.zero_()
+        for grad in gradients:
+            grad.zero_()
+        return gradients
+    grad_x, grad_weight, grad_bias, grad_state = gradients
     if need_x:
         _gradient_of_samples(p, grad_y, saved, grad_x, of_state=False)
     if grad_state.numel():
         _gradient_of_samples(p, grad_y, saved, grad_state, of_state=True)
-    grad_weight, grad_bias = _gradient_of_parameters(p, grad_y, saved, need_weight, need_bias)
-    return grad_x, grad_weight, grad_bias, grad_state
+    if need_weight or need_bias:
+        _gradients_of_parameters(
+            p, grad_y, saved, grad_weight if need_weight else None, grad_bias if need_bias else None
+        )
+    return gradients
 
 
 def _gradient_of_samples(p: Problem, grad_y: Tensor, saved: Tensor | None, grad: Tensor, of_state: bool) -> None:
@@ -768,14 +769,11 @@ def _gradient_of_samples(p: Problem, grad_y: Tensor, saved: Tensor | None, grad:
     )
 
 
-def _gradient_of_parameters(
-    p: Problem, grad_y: Tensor, saved: Tensor | None, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor]:
+def _gradients_of_parameters(
+    p: Problem, grad_y: Tensor, saved: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> None:
+    """Write the gradients of weight and bias into what is given for them."""
     weight = p.weight
-    grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
-    grad_bias = weight.new_empty((p.out_channels if need_bias else 0,))
-    if not (need_weight or need_bias):
-        return grad_weight, grad_bias
     pairs = p.in_per_group * weight.shape[2]
     if takes_dot(p.out_per_group, pairs):
         size = weight.element_size()
@@ -788,17 +786,20 @@ def _gradient_of_parameters(
         blocks = Blocks(1, power_between(32, p.length, 2048 // pair_block), 0)
     tiles = triton.cdiv(p.length, blocks.columns)
     blocks_of_rows = row_blocks(blocks, p.out_channels, p.out_per_group)
-    pair_blocks = triton.cdiv(pairs, pair_block) if need_weight else 1
+    pair_blocks = 1 if grad_weight is None else triton.cdiv(pairs, pair_block)
     all_tiles = p.batch * tiles
     tiles_per_run = triton.cdiv(all_tiles, max(1, ENOUGH_PROGRAMS // (blocks_of_rows * pair_blocks)))
     runs = triton.cdiv(all_tiles, tiles_per_run)
     sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
-    def sums(grad: Tensor) -> Tensor:
-        return grad if runs == 1 else torch.empty((runs, *grad.shape), dtype=sum_dtype, device=grad.device)
+    def sums(shape: tuple[int, ...], grad: Tensor | None) -> Tensor | None:
+        """Where the runs put their sums: into the gradient itself if there is one run."""
+        if grad is None or (runs == 1 and grad.shape == shape):
+            return grad
+        return torch.empty((runs, *shape), dtype=sum_dtype, device=weight.device)
 
-    weight_sums = sums(grad_weight) if need_weight else None
-    bias_sums = sums(grad_bias) if need_bias else None
+    weight_sums = sums(weight.shape, grad_weight)
+    bias_sums = sums(weight.shape[:1], grad_bias)
     index = p.index(grad_y, saved, p.x, p.state, weight_sums, bias_sums)
     launch(
         weight.device,
@@ -823,18 +824,26 @@ def _gradient_of_parameters(
         PAIRS=pair_block,
         INDEX=index,
     )
-    for grad, partial in ((grad_weight, weight_sums), (grad_bias, bias_sums)):
-        if partial is not None and runs > 1:
-            launch(
-                grad.device,
-                add_in_order,
-                triton.cdiv(grad.numel(), 128),
-                sums=partial,
-                total=grad,
-                runs=runs,
-                size=grad.numel(),
-                BLOCK=128,
-                ACC=p.constants["ACC"],
-                INDEX=index,
-            )
-    return F.pad(grad_weight, (p.dead, 0)) if need_weight and p.dead else grad_weight, grad_bias
+    if grad_weight is not None and weight_sums is not None and weight_sums is not grad_weight:
+        live = torch.empty_like(weight) if p.dead else grad_weight
+        _add_in_order(weight_sums, live, index)
+        if p.dead:
+            grad_weight[:, :, : p.dead] = 0
+            grad_weight[:, :, p.dead :] = live
+    if grad_bias is not None and bias_sums is not None and bias_sums is not grad_bias:
+        _add_in_order(bias_sums, grad_bias, index)
+
+
+def _add_in_order(sums: Tensor, total: Tensor, index: tl.dtype) -> None:
+    launch(
+        total.device,
+        add_in_order,
+        triton.cdiv(total.numel(), 128),
+        sums=sums,
+        total=total,
+        runs=sums.shape[0],
+        size=total.numel(),
+        BLOCK=128,
+        ACC=ACCUMULATOR[sums.dtype],
+        INDEX=index,
+    )
