@@ -92,7 +92,7 @@ def causal_conv1d(
     out_channels, _, kernel_size = weight.shape
     check_bias(bias, "bias", out_channels, x)
     if residual is not None:
-        _check_tensor(residual, "residual", (batch, out_channels, length), x)
+        check_tensor(residual, "residual", (batch, out_channels, length), x)
     if cu_seqlens is not None:
         check_offsets(cu_seqlens, x, validate)
         if lengths is not None:
@@ -101,7 +101,7 @@ def causal_conv1d(
         check_lengths(lengths, x, validate)
     if initial_state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        _check_tensor(initial_state, "initial_state", (sequences, channels, (kernel_size - 1) * dilation), x)
+        check_tensor(initial_state, "initial_state", (sequences, channels, (kernel_size - 1) * dilation), x)
     y: Tensor = select(_OPERATOR, backend, x).run(
         x,
         weight,
@@ -237,7 +237,8 @@ def check_bias(bias: Tensor | None, name: str, out_channels: int, x: Tensor) -> 
     _check_like(bias, name, x)
 
 
-def _check_tensor(t: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
+def check_tensor(t: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless ``t`` has this shape, and dtype and device of x."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(t).__name__}")
     if t.shape != shape:
