@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 #: Every backend, in the order in which the automatic choice tries them.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 class Answer(NamedTuple):

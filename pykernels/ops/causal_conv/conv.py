@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import autograd, cost, reference
 from pykernels.ops.causal_conv.check import compare
@@ -266,6 +266,10 @@ def _run_cpu(*args: Any) -> Tensor:
     return autograd.run(*args, "cpu")
 
 
+def _run_triton(*args: Any) -> Tensor:
+    return autograd.run(*args, "triton")
+
+
 def cpu_available() -> Answer:
     return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
 
@@ -291,6 +295,7 @@ def _check(backend: str) -> Check:
         lambda x, w, b, r: reference.causal_conv1d(x, w, b, r, None, None, None, 64, 1, "tanh", 0.01, False),
         lambda x, w, b, r: causal_conv1d(x, w, b, dilation=64, activation="tanh", residual=r, backend=backend),
         tensors,
+        backend,
     )
 
 
@@ -299,6 +304,7 @@ _OPERATOR = register(
         name="causal_conv1d",
         implementations={
             "cpu": Implementation(_run_cpu, cpu_can_run, cpu_available),
+            "triton": Implementation(_run_triton, _triton.can_run, _triton.available),
             "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },
         check=_check,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv, cost, reference
 from pykernels.ops.causal_conv.autograd import apply, composed, differentiable_gradients, recording, transforming
@@ -222,9 +222,13 @@ implement(_argmax_op, _sequence_argmax, _sequence_argmax_fake, devices=("CPU", "
 torch.library.register_vmap(_argmax_op, _sequence_argmax_vmap, lib=library)
 
 
-def _run_composed(x: Tensor, weights: Sequence[Tensor | None], *rest: Any, one: Any) -> Tensor:
+def _run_composed(x: Tensor, weights: Sequence[Tensor | None], *rest: Any, one: Any, backend: str = "cpu") -> Tensor:
     """The same convolution by convolution on the compiled kernels."""
-    return partial(_run_reference, one=lambda *args: one(*args, "cpu"))(x, weights, *rest)
+    return partial(_run_reference, one=lambda *args: one(*args, backend))(x, weights, *rest)
+
+
+def _run_triton(x: Tensor, weights: Sequence[Tensor | None], *rest: Any) -> Tensor:
+    return _run_composed(x, weights, *rest, one=run_conv, backend="triton")
 
 
 def _run_cpu(x: Tensor, weights: list[Tensor | None], *rest: Any) -> Tensor:
@@ -655,6 +659,7 @@ def _check(backend: str) -> Check:
         lambda *t: _run_reference(t[0], [w for b in blocks(t) for w in b], None, None, dilations, 0.01, True),
         lambda *t: causal_conv_stack(t[0], blocks(t), dilations, pool=True, backend=backend),
         tensors,
+        backend,
     )
 
 
@@ -663,6 +668,7 @@ _OPERATOR = register(
         name="causal_conv_stack",
         implementations={
             "cpu": Implementation(_run_cpu, _can_run, conv.cpu_available),
+            "triton": Implementation(_run_triton, _triton.can_run, _triton.available),
             "reference": Implementation(_run_reference, lambda *args: YES, lambda: YES),
         },
         check=_check,
