@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykernels._errors import InputError
+from pykernels.models._lstm import LSTMEncoder
 from pykernels.models._plain import PlainCausalCNNEncoder
 from pykernels.nn import CausalCNNEncoder
 
 Indices: TypeAlias = npt.NDArray[np.int64]
-Encoder: TypeAlias = CausalCNNEncoder | PlainCausalCNNEncoder
+Encoder: TypeAlias = CausalCNNEncoder | PlainCausalCNNEncoder | LSTMEncoder
 # What an encoder gets: series (B, C, T) and None, or packed series (1, C, total) and their B + 1 offsets.
 Inputs: TypeAlias = tuple[Tensor, Tensor | None]
+
+Made = TypeVar("Made")
 
 ENCODING_BATCH = 50
 ENCODING_SAMPLES = 200_000
@@ -276,9 +279,14 @@ def new_encoder(in_channels: int, seed: int, **options: Any) -> CausalCNNEncoder
 
     PyTorch's global random numbers stay as they were.
     """
+    return seeded(CausalCNNEncoder, in_channels, seed, **options)
+
+
+def seeded(kind: Callable[..., Made], in_channels: int, seed: int, **options: Any) -> Made:
+    """As :func:`new_encoder`, for any kind of encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return CausalCNNEncoder(in_channels, **options)
+        return kind(in_channels, **options)
 
 
 def published_steps(n_negatives: int) -> int:
