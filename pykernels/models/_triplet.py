@@ -221,7 +221,7 @@ def window_loss(encoder: Encoder, series: Tensor, batch: Indices, windows: Windo
 
 def ragged_window_loss(encoder: Encoder, series: Ragged, windows: RaggedWindows) -> Tensor:
     """The triplet loss of one batch of ragged series: all (K + 2) B windows go through the encoder in one call."""
-    features = _features(encoder, series.cut(*(part.ravel() for part in windows)))
+    features = encode_inputs(encoder, series.cut(*(part.ravel() for part in windows)))
     features = features.view(*windows.series.shape, -1)
     return triplet_loss(features[0], features[1], features[2:])
 
@@ -241,19 +241,20 @@ def backward_per_term(encoder: Encoder, cut: Callable[[int], Inputs], n_negative
         The loss.
     """
     with torch.no_grad():
-        anchor = _features(encoder, cut(0))
+        anchor = encode_inputs(encoder, cut(0))
     anchor.requires_grad_()
     loss = 0.0
     for row in range(1, n_negatives + 2):
-        similarity = (anchor * _features(encoder, cut(row))).sum(-1)
+        similarity = (anchor * encode_inputs(encoder, cut(row))).sum(-1)
         term = -F.logsigmoid(similarity if row == 1 else -similarity).mean() / (1 if row == 1 else n_negatives)
         term.backward()
         loss += term.item()
-    _features(encoder, cut(0)).backward(anchor.grad)
+    encode_inputs(encoder, cut(0)).backward(anchor.grad)
     return loss
 
 
-def _features(encoder: Encoder, inputs: Inputs) -> Tensor:
+def encode_inputs(encoder: Encoder, inputs: Inputs) -> Tensor:
+    """Features (B, F)."""
     x, cu_seqlens = inputs
     features: Tensor = encoder(x) if cu_seqlens is None else encoder(x, cu_seqlens=cu_seqlens)
     return features
@@ -519,7 +520,7 @@ def encode(encoder: Encoder, series: SeriesSet) -> Tensor:
     """Features (N, F) of the series, without gradients, a few at a time to bound the memory."""
     with torch.inference_mode(), encoder.folded():
         if isinstance(series, Ragged):
-            return torch.cat([_features(encoder, series.take(part)) for part in _parts(series.lengths)])
+            return torch.cat([encode_inputs(encoder, series.take(part)) for part in _parts(series.lengths)])
         return torch.cat([encoder(part) for part in torch.split(series, ENCODING_BATCH)])
 
 
