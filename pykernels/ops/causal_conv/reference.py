@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pykernels.backends import exporting
+
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     """``act(z)`` for an activation name of this family."""
@@ -29,8 +31,9 @@ def causal_conv1d(
 ) -> Tensor:
     """``act(conv(pad(x))) + residual``, see :func:`pykernels.causal_conv1d`. Any dtype, device, order of derivative."""
     length = x.shape[2]
-    # Taps that lie wholly before the start of the data add nothing; without them the padding stays short.
-    live = max(1, min(weight.shape[2], (length - 1) // dilation + 1))
+    # Taps that lie wholly before the start of the data add nothing; without them the padding stays short. An exported
+    # program keeps them, since it must fit all lengths.
+    live = weight.shape[2] if exporting() else max(1, min(weight.shape[2], (length - 1) // dilation + 1))
     if x.shape[0] == 0 or length == 0:  # F.conv1d accepts neither; keep the result in the graph
         y = torch.einsum("bct,oc->bot", x, weight.sum(2))
     else:
