@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pykernels.models._plain import PlainCausalCNNEncoder
-from pykernels.models.usrl import (
+from pykernels.models._triplet import (
     Encoder,
     Indices,
     Windows,

@@ -16,20 +16,31 @@ Needs scikit-learn (the extra ``models``).
 from __future__ import annotations
 
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pykernels._errors import InputError, MissingExtraError, require
-from pykernels.models._plain import PlainCausalCNNEncoder
+from pykernels.models._triplet import (
+    Encoder,
+    EncoderTraining,
+    Indices,
+    Windows,
+    encode,
+    new_encoder,
+    published_steps,
+    sample_windows,
+    shuffled_batches,
+    train_encoder,
+    triplet_loss,
+    window_loss,
+)
 from pykernels.nn import CausalCNNEncoder
 
 try:
@@ -46,6 +57,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("scikit-learn", "models", "pykernels.models.usrl") from error
 
 __all__ = [
+    "Encoder",
+    "EncoderTraining",
+    "Indices",
     "USRLClassifier",
     "USRLTransformer",
     "Windows",
@@ -61,8 +75,6 @@ __all__ = [
 ]
 
 Features: TypeAlias = npt.NDArray[np.floating[Any]]
-Indices: TypeAlias = npt.NDArray[np.int64]
-Encoder: TypeAlias = CausalCNNEncoder | PlainCausalCNNEncoder
 
 # Stands for an infinite penalty: the same solution where classes can be separated with multipliers below it, and a
 # finite one where they cannot be, while SVC(C=inf) then raises an error.
@@ -70,166 +82,6 @@ SVM_INFINITY = 1e10
 SVM_PENALTIES = (*(10.0**i for i in range(-4, 5)), SVM_INFINITY)
 SVM_SEARCH_CASES = 10_000
 SVM_MAX_ITERATIONS = 10_000_000
-ENCODING_BATCH = 50
-
-
-def triplet_loss(anchor: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
-    """Mean over the batch of ``-log s(a.p) - 1/K sum_k log s(-a.n_k)``.
-
-    Args:
-        anchor, positive: features, shape (B, F).
-        negatives: features, shape (K, B, F).
-
-    Returns:
-        Scalar, the dtype of the features.
-    """
-    attraction = F.logsigmoid((anchor * positive).sum(-1))
-    repulsion = F.logsigmoid(-(anchor * negatives).sum(-1)).mean(0)
-    return -(attraction + repulsion).mean()
-
-
-class Windows(NamedTuple):
-    """Where the windows of a batch of B series lie. Positives and negatives all have ``length`` samples.
-
-    ``anchor_start`` and ``positive_start`` have shape (B,), in the series of the batch; ``negative_series`` and
-    ``negative_start`` have shape (K, B), in the training set.
-    """
-
-    anchor_length: int
-    length: int
-    anchor_start: Indices
-    positive_start: Indices
-    negative_series: Indices
-    negative_start: Indices
-
-
-def sample_windows(
-    batch_size: int, n_series: int, series_length: int, n_negatives: int, generator: np.random.Generator
-) -> Windows:
-    """Draw the windows of one batch, for series of equal length T.
-
-    One length of the positives, uniform in 1..T, and one of the anchors, uniform from there to T, for the whole batch.
-    Every anchor lies anywhere in its series, every positive anywhere in its anchor, every negative anywhere in a series
-    drawn with replacement from the whole training set, the anchor's own included.
-    """
-    length = int(generator.integers(1, series_length + 1))
-    anchor_length = int(generator.integers(length, series_length + 1))
-    anchor_start = generator.integers(0, series_length - anchor_length + 1, batch_size)
-    return Windows(
-        anchor_length=anchor_length,
-        length=length,
-        anchor_start=anchor_start,
-        positive_start=anchor_start + generator.integers(0, anchor_length - length + 1, batch_size),
-        negative_series=generator.integers(0, n_series, (n_negatives, batch_size)),
-        negative_start=generator.integers(0, series_length - length + 1, (n_negatives, batch_size)),
-    )
-
-
-def shuffled_batches(n_series: int, batch_size: int, generator: np.random.Generator) -> Iterator[Indices]:
-    """Indices of the series, batch by batch, for ever: each epoch is shuffled, and its last batch may be smaller."""
-    while True:
-        order = generator.permutation(n_series)
-        for start in range(0, n_series, batch_size):
-            yield order[start : start + batch_size]
-
-
-def window_loss(encoder: Encoder, series: Tensor, batch: Indices, windows: Windows) -> Tensor:
-    """The triplet loss of one batch.
-
-    Positives and negatives are equally long, so they go through the encoder in one call of (K + 1) B windows.
-
-    Args:
-        encoder: of series (B, C, T) into features (B, F).
-        series: the training set, shape (N, C, T).
-        batch: the series of the batch, shape (B,).
-        windows: of the batch.
-    """
-    n_negatives = len(windows.negative_series)
-    others = np.concatenate([batch[None], windows.negative_series]).ravel()
-    starts = np.concatenate([windows.positive_start[None], windows.negative_start]).ravel()
-    with encoder.folded():
-        anchor = encoder(_cut(series, batch, windows.anchor_start, windows.anchor_length))
-        features = encoder(_cut(series, others, starts, windows.length))
-    features = features.view(n_negatives + 1, len(batch), -1)
-    return triplet_loss(anchor, features[0], features[1:])
-
-
-def _cut(series: Tensor, index: Indices, start: Indices, length: int) -> Tensor:
-    """Windows (B, C, length) of the series (N, C, T)."""
-    windows: Tensor = series.unfold(2, length, 1)  # a view, (N, C, T - length + 1, length)
-    return windows[torch.from_numpy(index), :, torch.from_numpy(start)]
-
-
-def new_encoder(in_channels: int, seed: int, **options: Any) -> CausalCNNEncoder:
-    """An encoder with the weights of this seed; ``options`` are those of :class:`pykernels.nn.CausalCNNEncoder`.
-
-    PyTorch's global random numbers stay as they were.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return CausalCNNEncoder(in_channels, **options)
-
-
-def published_steps(n_negatives: int) -> int:
-    """Optimisation steps of the published tables: 2000 from ten negatives on, else 1500."""
-    return 2000 if n_negatives >= 10 else 1500
-
-
-def train_encoder(
-    encoder: Encoder,
-    series: Tensor,
-    *,
-    n_negatives: int,
-    generator: np.random.Generator,
-    n_steps: int | None = None,
-    batch_size: int = 10,
-    learning_rate: float = 1e-3,
-    on_step: Callable[[int, float], None] | None = None,
-) -> npt.NDArray[np.float64]:
-    """Train an encoder in place, by Adam.
-
-    Args:
-        encoder: to train, with the dtype of ``series``.
-        series: training set, shape (N, C, T), finite.
-        n_negatives: K, negatives for each series of a batch.
-        generator: draws the order of the series and the windows.
-        n_steps: optimisation steps, one per batch; None for :func:`published_steps`.
-        batch_size: series in a batch; the last one of an epoch may have fewer.
-        learning_rate: of Adam.
-        on_step: called after each step with the number of steps done and the loss.
-
-    Returns:
-        The loss of each step.
-
-    Raises:
-        RuntimeError: if the loss is no longer finite.
-    """
-    n_steps = published_steps(n_negatives) if n_steps is None else n_steps
-    n_series, _, length = series.shape
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=learning_rate, fused=True)
-    losses = np.empty(n_steps)
-    batches = shuffled_batches(n_series, batch_size, generator)
-    encoder.train()
-    for step in range(n_steps):
-        batch = next(batches)
-        windows = sample_windows(len(batch), n_series, length, n_negatives, generator)
-        optimizer.zero_grad()
-        loss = window_loss(encoder, series, batch, windows)
-        loss.backward()
-        optimizer.step()
-        losses[step] = loss.item()
-        if not np.isfinite(losses[step]):
-            raise RuntimeError(f"the loss is {losses[step]} at step {step + 1}; use a smaller learning_rate")
-        if on_step is not None:
-            on_step(step + 1, losses[step])
-    encoder.eval()
-    return losses
-
-
-def encode(encoder: Encoder, series: Tensor) -> Tensor:
-    """Features (N, F) of the series (N, C, T), without gradients, a few at a time to bound the memory."""
-    with torch.inference_mode(), encoder.folded():
-        return torch.cat([encoder(part) for part in torch.split(series, ENCODING_BATCH)])
 
 
 def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
@@ -288,6 +140,7 @@ class _USRL(BaseEstimator):  # type: ignore[misc]
         dtype: str = "float32",
         random_state: int | np.random.RandomState | None = None,
         backend: str | None = None,
+        device: str = "cpu",
         progress: bool = False,
     ) -> None:
         self.n_negatives = n_negatives
@@ -302,6 +155,7 @@ class _USRL(BaseEstimator):  # type: ignore[misc]
         self.dtype = dtype
         self.random_state = random_state
         self.backend = backend
+        self.device = device
         self.progress = progress
 
     def __sklearn_tags__(self) -> Any:
@@ -326,6 +180,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         dtype: ``"float32"`` or ``"float64"``, of the encoders and the features.
         random_state: seed of the first weights, the order of the series and the windows.
         backend: see :func:`pykernels.causal_conv1d`.
+        device: where to train and to encode, for example ``"cuda"``. The first weights do not depend on it.
         progress: show a progress bar (needs tqdm).
 
     Attributes:
@@ -339,54 +194,82 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
     Source: Franceschi, Dieuleveut and Jaggi, NeurIPS 2019, whose tables the defaults reproduce.
     """
 
-    encoders_: list[CausalCNNEncoder]
+    encoders_: list[Encoder]
     losses_: list[npt.NDArray[np.float64]]
     step_seconds_: list[float]
     n_features_in_: int
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> Self:
         """Train the encoders on series of shape (cases, channels, time) or (cases, time); ``y`` is not used."""
-        negatives, dtype = _check_parameters(self)
-        series = _check_series(X, dtype)
         tqdm = require("tqdm", "tqdm", "models", "a progress bar").tqdm if self.progress else None
+        trainings = self.trainings(X)
+        for training in trainings:
+            with nullcontext() if tqdm is None else _bar(tqdm, training.n_steps, training.n_negatives) as bar:
+                while not training.done:
+                    loss = training.step()
+                    if bar is not None:
+                        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                        bar.update()
+        return self.finish(trainings)
+
+    def trainings(self, X: npt.ArrayLike) -> list[EncoderTraining]:
+        """The trainings that :meth:`fit` does one after the other, for a caller that saves or shows them on the way.
+
+        ``fit(X)`` is the same as doing all their steps, in any order, and then :meth:`finish`.
+
+        Args:
+            X: as for :meth:`fit`.
+
+        Returns:
+            One training for each value in ``n_negatives``, not begun. The same ones at every call if ``random_state``
+            is an int.
+        """
+        negatives, dtype = _check_parameters(self)
+        series = _check_series(X, dtype).to(self.device)
         random = check_random_state(self.random_state)
-        encoders, losses, seconds = [], [], []
-        for n_negatives in negatives:
-            seed = int(random.randint(np.iinfo(np.int32).max))
-            encoder = self._encoder(series.shape[1], seed)
-            n_steps = published_steps(n_negatives) if self.n_steps is None else self.n_steps
-            start = time.perf_counter()
-            with nullcontext() if tqdm is None else _bar(tqdm, n_steps, n_negatives) as bar:
-                losses.append(
-                    train_encoder(
-                        encoder,
-                        series,
-                        n_negatives=n_negatives,
-                        generator=np.random.default_rng(seed),
-                        n_steps=n_steps,
-                        batch_size=self.batch_size,
-                        learning_rate=self.learning_rate,
-                        on_step=None if bar is None else _reporter(bar),
-                    )
+        seeds = [int(random.randint(np.iinfo(np.int32).max)) for _ in negatives]
+        return [
+            EncoderTraining(
+                self._encoder(series.shape[1], seed),
+                series,
+                n_negatives=n_negatives,
+                generator=np.random.default_rng(seed),
+                n_steps=self.n_steps,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+            )
+            for n_negatives, seed in zip(negatives, seeds, strict=True)
+        ]
+
+    def finish(self, trainings: Sequence[EncoderTraining]) -> Self:
+        """Take the encoders of these trainings, all done, which makes this transformer a fitted one.
+
+        Raises:
+            InputError: if one has steps left.
+        """
+        for training in trainings:
+            if not training.done:
+                raise InputError(
+                    f"trainings must be done, but the one with K={training.n_negatives} has "
+                    f"{training.n_steps - training.steps_done} of {training.n_steps} steps left"
                 )
-            seconds.append((time.perf_counter() - start) / n_steps)
-            encoders.append(encoder)
-        self.encoders_ = encoders
-        self.losses_ = losses
-        self.step_seconds_ = seconds
-        self.n_features_in_ = series.shape[1]
+        self.encoders_ = [training.encoder for training in trainings]
+        self.losses_ = [training.losses for training in trainings]
+        self.step_seconds_ = [training.seconds / training.n_steps for training in trainings]
+        self.n_features_in_ = trainings[0].series.shape[1]
         return self
 
     def transform(self, X: npt.ArrayLike) -> Features:
         """Features of series (cases, channels, time) or (cases, time), shape (cases, encoders * out_channels)."""
         check_is_fitted(self)
-        series = _check_series(X, next(self.encoders_[0].parameters()).dtype)
+        like = next(self.encoders_[0].parameters())
+        series = _check_series(X, like.dtype).to(like.device)
         if series.shape[1] != self.n_features_in_:
             raise InputError(
                 f"X has {series.shape[1]} channels (shape {tuple(series.shape)}), but {type(self).__name__} was fitted "
                 f"with {self.n_features_in_}"
             )
-        features: Features = torch.cat([encode(encoder, series) for encoder in self.encoders_], 1).numpy()
+        features: Features = torch.cat([encode(encoder, series) for encoder in self.encoders_], 1).cpu().numpy()
         return features
 
     def __sklearn_tags__(self) -> Any:
@@ -409,7 +292,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
             kernel_size=self.kernel_size,
             backend=self.backend,
             dtype=getattr(torch, self.dtype),
-        )
+        ).to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules with normalised weights cannot be pickled, only their state_dict.
@@ -447,21 +330,34 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
         """Train on series (cases, channels, time) or (cases, time) with labels ``y`` of shape (cases,)."""
         if y is None:
             raise InputError("USRLClassifier requires y to be passed, but the target y is None")
-        labels = column_or_1d(y, warn=True)
+        self._check(X, y)
+        return self.finish(USRLTransformer(**self.get_params()).fit(X), X, y)
+
+    def finish(self, transformer: USRLTransformer, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
+        """Fit the SVM alone, on the features that a fitted transformer gives ``X``; ``fit`` trains the transformer too.
+
+        The transformer may have learned from other series: from another data set, or from those without labels.
+        """
+        check_is_fitted(transformer)
+        labels = self._check(X, y)
+        self.transformer_ = transformer
+        self.svm_ = fit_svm(transformer.transform(X), labels)
+        self.classes_ = self.svm_.classes_
+        self.n_features_in_ = transformer.n_features_in_
+        return self
+
+    def _check(self, X: npt.ArrayLike, y: npt.ArrayLike) -> npt.NDArray[Any]:
+        """The labels, if they are those of the series and can be told apart."""
+        labels: npt.NDArray[Any] = column_or_1d(y, warn=True)
         assert_all_finite(labels, input_name="y")
         check_classification_targets(labels)
         _, dtype = _check_parameters(self)
-        series = _check_series(X, dtype)
-        if len(labels) != len(series):
-            raise InputError(f"y has {len(labels)} labels, but X has {len(series)} cases")
-        classes = np.unique(labels)
-        if len(classes) < 2:
+        n_cases = len(_check_series(X, dtype))
+        if len(labels) != n_cases:
+            raise InputError(f"y has {len(labels)} labels, but X has {n_cases} cases")
+        if len(classes := np.unique(labels)) < 2:
             raise InputError(f"y has one class only, {classes[0]}; at least two are needed")
-        self.classes_ = classes
-        self.transformer_ = USRLTransformer(**self.get_params()).fit(X)
-        self.svm_ = fit_svm(self.transformer_.transform(X), labels)
-        self.n_features_in_ = self.transformer_.n_features_in_
-        return self
+        return labels
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """Labels of series (cases, channels, time) or (cases, time), shape (cases,)."""
@@ -478,14 +374,6 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
     def _features(self, X: npt.ArrayLike) -> Features:
         check_is_fitted(self)
         return self.transformer_.transform(X)
-
-
-def _reporter(bar: Any) -> Callable[[int, float], None]:
-    def report(step: int, loss: float) -> None:
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bar.update()
-
-    return report
 
 
 def _bar(tqdm: Any, n_steps: int, n_negatives: int) -> Any:
@@ -517,7 +405,15 @@ def _check_parameters(estimator: _USRL) -> tuple[tuple[int, ...], torch.dtype]:
         raise InputError(f"learning_rate must be a positive number, got {rate!r}")
     if estimator.dtype not in ("float32", "float64"):
         raise InputError(f"dtype must be 'float32' or 'float64', got {estimator.dtype!r}")
+    _check_device(estimator.device)
     return tuple(int(value) for value in values), getattr(torch, estimator.dtype)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last one where PyTorch has no CUDA
+        raise InputError(f"device must be one that PyTorch can use here, got {device!r} ({error})") from error
 
 
 def _is_count(value: object) -> bool:

@@ -65,19 +65,43 @@ def test_features_are_those_of_each_encoder_side_by_side():
     assert model.n_features_in_ == 2
 
 
-def test_encoders_are_trained_by_the_published_recipe(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        usrl, "train_encoder", lambda encoder, series, **options: calls.append((series.shape, options)) or np.zeros(1)
-    )
+def test_encoders_are_trained_by_the_published_recipe():
     X, _ = waves()
-    USRLTransformer(**{**TINY, "n_steps": None}).fit(X)
-    assert [o["n_negatives"] for _, o in calls] == [1, 2, 5, 10]
-    assert [o["n_steps"] for _, o in calls] == [1500, 1500, 1500, 2000]
-    assert {(o["batch_size"], o["learning_rate"]) for _, o in calls} == {(10, 1e-3)}
+    trainings = USRLTransformer(**{**TINY, "n_steps": None}).trainings(X)
+    assert [t.n_negatives for t in trainings] == [1, 2, 5, 10]
+    assert [t.n_steps for t in trainings] == [1500, 1500, 1500, 2000]
+    assert {(t.batch_size, t.learning_rate) for t in trainings} == {(10, 1e-3)}
     defaults = USRLTransformer().get_params()
     sizes = ("channels", "depth", "reduced_size", "out_channels", "kernel_size", "dtype")
     assert [defaults[name] for name in sizes] == [40, 10, 160, 320, 3, "float32"]
+
+
+def test_fit_is_the_trainings_done_by_somebody_else():
+    X, y = waves()
+    model = USRLTransformer((1, 2), **TINY)
+    trainings = model.trainings(X)
+    for training in reversed(trainings):
+        while not training.done:
+            training.step()
+    fitted = clone(model).fit(X)
+    assert model.finish(trainings) is model
+    np.testing.assert_array_equal(model.transform(X), fitted.transform(X))
+    for losses, expected in zip(model.losses_, fitted.losses_, strict=True):
+        np.testing.assert_array_equal(losses, expected)
+    assert model.n_features_in_ == 1
+    assert min(model.step_seconds_) > 0
+    classifier = USRLClassifier((1, 2), **TINY)
+    assert classifier.finish(model, X, y) is classifier
+    np.testing.assert_array_equal(classifier.decision_function(X), clone(classifier).fit(X, y).decision_function(X))
+
+
+def test_a_training_that_is_not_done_is_not_taken():
+    X, _ = waves()
+    model = USRLTransformer(2, **TINY)
+    trainings = model.trainings(X)
+    trainings[0].step()
+    with pytest.raises(ValueError, match="^trainings must be done, but the one with K=2 has 2 of 3 steps left$"):
+        model.finish(trainings)
 
 
 def test_two_dimensions_are_one_channel_and_another_length_will_do():
@@ -172,7 +196,7 @@ def test_wrong_number_of_channels():
 
 
 def test_bad_labels_are_found_before_the_training(monkeypatch):
-    monkeypatch.setattr(usrl, "train_encoder", lambda *args, **options: pytest.fail("it trained"))
+    monkeypatch.setattr(USRLTransformer, "fit", lambda *args: pytest.fail("it trained"))
     X, y = waves()
     for labels, message in (
         (y[:-1], "y has 19 labels, but X has 20 cases"),
@@ -197,6 +221,8 @@ BAD_PARAMETERS = [
     ("learning_rate", "fast"),
     ("dtype", "float16"),
     ("backend", "gpu"),
+    ("device", "abacus"),
+    ("device", "cuda:99"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Loss, sampling and training of the triplet-loss encoder."""
 
+import copy
+import json
 import math
 from itertools import islice
 
@@ -10,6 +12,7 @@ import torch
 pytest.importorskip("sklearn")
 from pykernels.models._plain import PlainCausalCNNEncoder
 from pykernels.models.usrl import (
+    EncoderTraining,
     Windows,
     encode,
     new_encoder,
@@ -192,6 +195,91 @@ def test_training_repeats_bit_by_bit_and_depends_on_the_seed():
     assert losses.tolist() != other.tolist()
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def small_training(n_steps=12, series=None, **options):
+    generator = options.pop("generator", np.random.default_rng(0))
+    encoder = new_encoder(1, 0, **SMALL)
+    series = levels() if series is None else series
+    return EncoderTraining(
+        encoder, series, n_negatives=2, generator=generator, n_steps=n_steps, batch_size=5, **options
+    )
+
+
+def finished(training):
+    while not training.done:
+        training.step()
+    return training
+
+
+def assert_same_state(training, other):
+    (tensors, values), (expected, wanted) = training.state(), other.state()
+    assert {**values, "seconds": 0} == {**wanted, "seconds": 0}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 12])  # an epoch has three
+def test_a_restored_training_goes_on_bit_by_bit(steps):
+    uninterrupted = finished(small_training())
+    interrupted = small_training()
+    for _ in range(steps):
+        interrupted.step()
+    tensors, values = interrupted.state()
+    kept = copy.deepcopy((tensors, values))
+    finished(interrupted)  # must not reach into the state
+    assert values == kept[1]
+    assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
+
+    restored = small_training(generator=np.random.default_rng(99))
+    if steps:
+        restored.step()  # whatever it did is forgotten
+    restored.restore(tensors, json.loads(json.dumps(values)))
+    assert restored.steps_done == steps
+    assert restored.encoder.training == (steps < 12)
+    assert_same_state(finished(restored), uninterrupted)
+    assert_same_state(interrupted, uninterrupted)
+    assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
+
+
+def test_a_training_counts_its_steps_and_its_time():
+    training = small_training(3)
+    assert (training.steps_done, training.n_steps, training.seconds, training.done) == (0, 3, 0, False)
+    assert training.encoder.training
+    losses = [training.step() for _ in range(3)]
+    assert training.losses.tolist() == losses
+    assert training.done
+    assert training.seconds > 0
+    assert not training.encoder.training
+    with pytest.raises(RuntimeError, match="all 3 steps of this training are done"):
+        training.step()
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.Philox, np.random.SFC64])
+def test_any_bit_generator_can_be_saved(bits):
+    training = small_training(4, generator=np.random.Generator(bits(1)))
+    training.step()
+    tensors, values = training.state()
+    restored = small_training(4, generator=np.random.Generator(bits(2)))
+    restored.restore(tensors, json.loads(json.dumps(values)))
+    assert_same_state(finished(restored), finished(training))
+
+
+def test_a_state_of_another_training_is_refused():
+    training = small_training()
+    training.step()
+    tensors, values = training.state()
+    for other in (small_training(13), small_training(learning_rate=1e-2), small_training(series=levels(13))):
+        before = other.state()
+        with pytest.raises(ValueError, match=r"^the saved training has other settings: .*'n_steps': 12"):
+            other.restore(tensors, values)
+        assert other.state()[1] == before[1]
+    other = small_training()
+    for name, tensor in (("encoder.linear.bias", tensors["encoder.linear.bias"][:1]), ("adam.linear.bias.step", None)):
+        wrong = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
+        with pytest.raises(ValueError, match=f"^the saved training has no fitting tensors {name}$"):
+            other.restore(wrong, values)
+    assert_same_state(other, small_training())
 
 
 def test_training_in_float32_follows_float64():
