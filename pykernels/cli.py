@@ -259,7 +259,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     data = _load(args)
     from pykernels.models.usrl import USRLClassifier, published_steps
 
-    archive = "ucr" if data.X_train.shape[1] == 1 else "uea"
+    archive = "ucr" if data.n_channels == 1 else "uea"
     negatives = PUBLISHED_COMBINATION[archive] if args.combined else (args.k or DEFAULT_K,)
     steps = [args.steps or published_steps(k) for k in negatives]
     column = "ours_combined" if args.combined else f"ours_K{negatives[0]}"
@@ -269,7 +269,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         if not args.json:
             print(text, flush=True)
 
-    n_train, channels, length = data.X_train.shape
+    n_train, channels, (shortest, longest) = len(data.X_train), data.n_channels, data.lengths
+    length = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     say(
         f"{data.name}: {n_train} training and {len(data.X_test)} test series, {len(set(data.y_train))} classes, "
         f"{channels} channel{'s' * (channels > 1)}, {length} samples"

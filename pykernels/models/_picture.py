@@ -46,14 +46,15 @@ def features_picture(
     classes = np.unique(np.concatenate([data.y_train, data.y_test]))
     colours = _colours(len(classes))
 
-    time = np.arange(data.X_train.shape[2])
     for label, colour in zip(classes, colours, strict=True):
-        for i, series in enumerate(data.X_train[data.y_train == label][:SERIES_PER_CLASS, 0]):
-            left.plot(time, series, color=colour, linewidth=1, alpha=0.7, label=None if i else f"class {label}")
+        for i, case in enumerate(np.flatnonzero(data.y_train == label)[:SERIES_PER_CLASS]):
+            left.plot(
+                data.X_train[case][0], color=colour, linewidth=1, alpha=0.7, label=None if i else f"class {label}"
+            )
     left.set_title(f"{data.name}: up to {SERIES_PER_CLASS} training series of each class", fontsize=11)
     left.set_xlabel("sample")
-    left.set_ylabel("value" if data.X_train.shape[1] == 1 else "value of the first channel")
-    left.set_xlim(0, len(time) - 1)
+    left.set_ylabel("value" if data.n_channels == 1 else "value of the first channel")
+    left.set_xlim(0, data.lengths[1] - 1)
 
     points = _plane(np.concatenate([train, test]))
     parts = (("train", points[: len(train)], data.y_train), ("test", points[len(train) :], data.y_test))

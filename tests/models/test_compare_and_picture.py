@@ -37,22 +37,23 @@ def test_encoders_that_disagree_are_not_timed(monkeypatch):
         compare.compare_step_times(torch.ones((3, 1, 9)), 1, steps=1)
 
 
-def data_set(n_classes, channels=1):
+def data_set(n_classes, channels=1, ragged=False):
     rng = np.random.default_rng(0)
     labels = np.array([f"c{i % n_classes}" for i in range(20)])
     X = rng.normal(size=(20, channels, 15))
-    return Dataset("Toy", X, labels, X + 0.1, labels)
+    parts = [[case[:, : 5 + i % 9] for i, case in enumerate(part)] if ragged else part for part in (X, X + 0.1)]
+    return Dataset("Toy", parts[0], labels, parts[1], labels)
 
 
 @pytest.mark.parametrize(
-    ("n_classes", "channels", "suffix", "start"),
-    [(2, 1, ".png", b"\x89PNG"), (12, 3, ".PDF", b"%PDF"), (3, 1, ".svg", b"<?xml")],
+    ("n_classes", "channels", "ragged", "suffix", "start"),
+    [(2, 1, True, ".png", b"\x89PNG"), (12, 3, False, ".PDF", b"%PDF"), (3, 1, False, ".svg", b"<?xml")],
 )
-def test_picture(n_classes, channels, suffix, start):
+def test_picture(n_classes, channels, ragged, suffix, start):
     pytest.importorskip("matplotlib")
     check_format(suffix)
-    data = data_set(n_classes, channels)
-    features = data.X_train.reshape(20, -1)
+    data = data_set(n_classes, channels, ragged)
+    features = np.random.default_rng(1).normal(size=(20, 15))
     picture = features_picture(data, features, features + 0.1, suffix, "a subtitle")
     assert picture.startswith(start)
     if suffix == ".svg":

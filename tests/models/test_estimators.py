@@ -100,7 +100,7 @@ def test_a_training_that_is_not_done_is_not_taken():
     model = USRLTransformer(2, **TINY)
     trainings = model.trainings(X)
     trainings[0].step()
-    with pytest.raises(ValueError, match="^trainings must be done, but the one with K=2 has 2 of 3 steps left$"):
+    with pytest.raises(ValueError, match=r"^trainings must be done, but the one with K=2 has 2 of 3 steps left$"):
         model.finish(trainings)
 
 
