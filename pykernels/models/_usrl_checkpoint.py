@@ -2,87 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import sklearn
 import torch
+from sklearn.svm import SVC
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from pykernels._errors import InputError, require
+from pykernels._errors import InputError
 from pykernels.models import _checkpoint
-from pykernels.models._checkpoint import Checkpoint, part
-from pykernels.models._triplet import EncoderTraining
-
-if TYPE_CHECKING:
-    from sklearn.svm import SVC
-
-    from pykernels.models.usrl import USRLClassifier, USRLTransformer
+from pykernels.models._checkpoint import part
+from pykernels.models.usrl import EncoderTraining, USRLClassifier, USRLTransformer, _check_parameters, new_svm
 
 MODEL, TRAINING = "usrl.model", "usrl.training"
 _PROBES = 8
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def save_transformer(model: USRLTransformer, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write a fitted transformer; ``about`` is kept with it, for readers."""
-    tensors, values = _transformer_state(model)
-    values = {"transformer": values, "classifier": None, "about": dict(about or {})}
-    _checkpoint.save(Path(path), MODEL, tensors, values)
+class Normalisation(NamedTuple):
+    """What was subtracted from the series of a data set, and what they were divided by then, shape (channels, 1)."""
+
+    mean: npt.NDArray[np.float64]
+    std: npt.NDArray[np.float64]
 
 
-def save_classifier(model: USRLClassifier, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write a fitted classifier with its transformer; ``about`` is kept with it, for readers."""
-    from sklearn.utils.validation import check_is_fitted
+def save(
+    model: Any,
+    path: str | Path,
+    *,
+    normalisation: Normalisation | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a fitted estimator.
 
+    Args:
+        model: a USRLTransformer, or a USRLClassifier, which brings its transformer along.
+        path: the file, written whole or not at all.
+        normalisation: of the series that it was fitted on, for whoever encodes others with it.
+        about: kept with it, for readers.
+    """
     check_is_fitted(model)
-    tensors, values = _transformer_state(model.transformer_)
-    arrays, svm = _svm_state(model.svm_)
-    tensors |= {f"svm.{name}": torch.from_numpy(array) for name, array in arrays.items()}
-    values = {
-        "transformer": values,
-        "classifier": {"parameters": _saved_parameters(model), "svm": svm},
-        "about": dict(about or {}),
-    }
-    _checkpoint.save(Path(path), MODEL, tensors, values)
+    classifier = model if isinstance(model, USRLClassifier) else None
+    transformer = model.transformer_ if isinstance(model, USRLClassifier) else model
+    tensors, values = _transformer_state(transformer)
+    content: dict[str, Any] = {"transformer": values, "classifier": None, "about": dict(about or {})}
+    if classifier is not None:
+        arrays, svm = _svm_state(classifier.svm_)
+        tensors |= {f"svm.{name}": torch.from_numpy(array) for name, array in arrays.items()}
+        content["classifier"] = {"parameters": _saved_parameters(classifier), "svm": svm}
+    for name, array in (normalisation._asdict() if normalisation else {}).items():
+        tensors[f"normalisation.{name}"] = torch.from_numpy(array)
+    _checkpoint.save(Path(path), MODEL, tensors, content)
 
 
-def load_transformer(path: str | Path, device: str = "cpu") -> USRLTransformer:
-    """Read a transformer, or that of a classifier."""
-    path = Path(path)
-    checkpoint = _checkpoint.load(path, MODEL)
-    with _damage_named(path):
-        return _transformer(checkpoint, device)
+class SavedModel:
+    """An estimator in a file, on a device, with ``normalisation`` and ``about`` as they were saved.
 
+    Raises:
+        InputError, MissingExtraError, OSError: as :func:`pykernels.models._checkpoint.load`; the methods too.
+    """
 
-def load_classifier(path: str | Path, device: str = "cpu") -> USRLClassifier:
-    """Read a classifier."""
-    from pykernels.models.usrl import USRLClassifier
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        self.path = Path(path)
+        self.device = device
+        self._tensors, self._values = _checkpoint.load(self.path, MODEL)
+        with _damage_named(self.path):
+            self.about: dict[str, Any] = dict(self._values["about"])
+            self.has_classifier: bool = self._values["classifier"] is not None
+            self.normalisation: Normalisation | None = None
+            if found := part(self._tensors, "normalisation."):
+                mean, std = (found[name].numpy() for name in Normalisation._fields)
+                channels = self._values["transformer"]["n_features_in"]
+                if mean.shape != (channels, 1) or std.shape != (channels, 1) or not (std > 0).all():
+                    raise InputError(f"the normalisation must have shape ({channels}, 1), and a positive std")
+                self.normalisation = Normalisation(mean, std)
 
-    path = Path(path)
-    checkpoint = _checkpoint.load(path, MODEL)
-    with _damage_named(path):
-        values = checkpoint.values["classifier"]
-        if values is None:
-            raise InputError("it holds a transformer without a classifier; USRLTransformer.load reads it")
-        model = USRLClassifier(**_loaded_parameters(values["parameters"], device))
-        model.transformer_ = _transformer(checkpoint, device)
-        arrays = {name: tensor.numpy() for name, tensor in part(checkpoint.tensors, "svm.").items()}
-        model.svm_ = _svm(arrays, values["svm"], model.transformer_._n_features_out)
-        model.classes_ = model.svm_.classes_
-        model.n_features_in_ = model.transformer_.n_features_in_
-        return model
+    def model(self, cls: type[Any]) -> Any:
+        """The estimator as a ``USRLClassifier``, or the transformer alone as a ``USRLTransformer``."""
+        if not issubclass(cls, USRLClassifier):
+            return self._transformer(cls)
+        if not self.has_classifier:
+            raise InputError(f"{self.path} holds a transformer without a classifier; USRLTransformer.load reads it")
+        transformer = self._transformer(USRLTransformer)
+        with _damage_named(self.path):
+            values = self._values["classifier"]
+            model = cls(**_loaded_parameters(values["parameters"], self.device))
+            arrays = {name: tensor.numpy() for name, tensor in part(self._tensors, "svm.").items()}
+            model.transformer_ = transformer
+            model.svm_ = _svm(arrays, values["svm"], transformer._n_features_out)
+            model.classes_ = model.svm_.classes_
+            model.n_features_in_ = transformer.n_features_in_
+            return model
 
-
-def about(path: Path) -> dict[str, Any]:
-    """What was kept with the model in this file."""
-    values = _checkpoint.load(path, MODEL).values
-    with _damage_named(path):
-        return dict(values["about"])
+    def _transformer(self, cls: type[USRLTransformer]) -> USRLTransformer:
+        with _damage_named(self.path):
+            values = self._values["transformer"]
+            model = cls(**_loaded_parameters(values["parameters"], self.device))
+            negatives, dtype = _check_parameters(model)
+            model.n_features_in_ = int(values["n_features_in"])
+            model.encoders_ = []
+            for i in range(len(negatives)):
+                encoder = model._encoder(model.n_features_in_, seed=0)
+                weights = part(self._tensors, f"encoders.{i}.")
+                if any(tensor.dtype != dtype for tensor in weights.values()):
+                    raise InputError(f"the weights of encoder {i} are not all {dtype}")
+                encoder.load_state_dict(weights)
+                model.encoders_.append(encoder.eval())
+            model.losses_ = [np.array(losses, dtype=np.float64) for losses in values["losses"]]
+            model.step_seconds_ = [float(seconds) for seconds in values["step_seconds"]]
+            return model
 
 
 def save_trainings(trainings: Sequence[EncoderTraining], path: Path, values: Mapping[str, Any]) -> None:
@@ -116,9 +150,6 @@ class SavedTrainings:
 
 
 def _transformer_state(model: USRLTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from sklearn.utils.validation import check_is_fitted
-
-    check_is_fitted(model)
     tensors = {f"encoders.{i}.{name}": t for i, e in enumerate(model.encoders_) for name, t in e.state_dict().items()}
     values = {
         "parameters": _saved_parameters(model),
@@ -127,26 +158,6 @@ def _transformer_state(model: USRLTransformer) -> tuple[dict[str, Tensor], dict[
         "step_seconds": list(model.step_seconds_),
     }
     return tensors, values
-
-
-def _transformer(checkpoint: Checkpoint, device: str) -> USRLTransformer:
-    from pykernels.models.usrl import USRLTransformer, _check_parameters
-
-    values = checkpoint.values["transformer"]
-    model = USRLTransformer(**_loaded_parameters(values["parameters"], device))
-    negatives, dtype = _check_parameters(model)
-    model.n_features_in_ = int(values["n_features_in"])
-    model.encoders_ = []
-    for i in range(len(negatives)):
-        encoder = model._encoder(model.n_features_in_, seed=0)
-        weights = part(checkpoint.tensors, f"encoders.{i}.")
-        if any(tensor.dtype != dtype for tensor in weights.values()):
-            raise InputError(f"the weights of encoder {i} are not all {dtype}")
-        encoder.load_state_dict(weights)
-        model.encoders_.append(encoder.eval())
-    model.losses_ = [np.array(losses, dtype=np.float64) for losses in values["losses"]]
-    model.step_seconds_ = [float(seconds) for seconds in values["step_seconds"]]
-    return model
 
 
 def _saved_parameters(model: Any) -> dict[str, Any]:
@@ -164,8 +175,6 @@ def _saved_parameters(model: Any) -> dict[str, Any]:
 
 def _loaded_parameters(values: Mapping[str, Any], device: str) -> dict[str, Any]:
     """The constructor's arguments, for another device."""
-    from pykernels.models.usrl import USRLTransformer
-
     parameters = {**values, "device": device}
     if unknown := set(parameters) - set(USRLTransformer().get_params()):
         raise InputError(f"a newer pykernels wrote it: there are no parameters {', '.join(sorted(unknown))} here")
@@ -200,15 +209,13 @@ def _svm_state(svm: SVC) -> tuple[Arrays, dict[str, Any]]:
         "classes_dtype": svm.classes_.dtype.str,
         "shape_fit": svm.shape_fit_,
         "fit_status": svm.fit_status_,
-        "scikit-learn": require("sklearn", "scikit-learn", "models", "an SVM").__version__,
+        "scikit-learn": sklearn.__version__,
     }
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}, values
 
 
 def _svm(arrays: Arrays, values: Mapping[str, Any], n_features: int) -> SVC:
     """The SVM of :func:`_svm_state`: the same decision values, bit for bit."""
-    from pykernels.models.usrl import new_svm
-
     classes = np.array(values["classes"], dtype=np.dtype(values["classes_dtype"]))
     _check_svm_arrays(arrays, len(classes), n_features)
     svm = new_svm(float(values["C"]))
