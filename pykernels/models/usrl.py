@@ -5,7 +5,7 @@ windows from anywhere in the training set should not:
 
     L = - log s(f(x_ref) . f(x_pos)) - 1/K sum_k log s(- f(x_ref) . f(x_neg_k)),   s the logistic function.
 
-A support vector machine on the vectors classifies the series. Here all training series have the same length.
+A support vector machine on the vectors classifies the series. They may have several channels, and unequal lengths.
 
 Source: Franceschi, Dieuleveut and Jaggi, "Unsupervised scalable representation learning for multivariate time series",
 NeurIPS 2019 (the loss is equation 1, the sampling algorithm 1).
@@ -32,10 +32,16 @@ from pykernels.models._triplet import (
     Encoder,
     EncoderTraining,
     Indices,
+    Ragged,
+    RaggedWindows,
+    SeriesSet,
     Windows,
     encode,
+    n_channels,
     new_encoder,
     published_steps,
+    ragged_window_loss,
+    sample_ragged_windows,
     sample_windows,
     shuffled_batches,
     train_encoder,
@@ -61,13 +67,19 @@ __all__ = [
     "Encoder",
     "EncoderTraining",
     "Indices",
+    "Ragged",
+    "RaggedWindows",
+    "SeriesSet",
     "USRLClassifier",
     "USRLTransformer",
     "Windows",
     "encode",
     "fit_svm",
+    "n_channels",
     "new_encoder",
     "published_steps",
+    "ragged_window_loss",
+    "sample_ragged_windows",
     "sample_windows",
     "shuffled_batches",
     "train_encoder",
@@ -197,9 +209,9 @@ class _USRL(BaseEstimator):  # type: ignore[misc]
 class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):  # type: ignore[misc]
     """Learns features of time series without labels: one encoder for each value in ``n_negatives``.
 
-    The series are an array of shape (cases, channels, time), or (cases, time) if they have one channel. They are used
-    as they are: normalise them first if they need it. :meth:`transform` may get series of another length than
-    :meth:`fit`.
+    The series are an array of shape (cases, channels, time), or (cases, time) if they have one channel, or a list of
+    arrays (channels, time) or (time,) if their lengths differ. They are used as they are: normalise them first if they
+    need it. :meth:`transform` may get series of other lengths than :meth:`fit`.
 
     Args:
         n_negatives: K, negatives per series and step: one number, or several to concatenate their features.
@@ -229,7 +241,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
     n_features_in_: int
 
     def fit(self, X: npt.ArrayLike, y: object = None) -> Self:
-        """Train the encoders on series of shape (cases, channels, time) or (cases, time); ``y`` is not used."""
+        """Train the encoders on these series; ``y`` is not used."""
         tqdm = require("tqdm", "tqdm", "models", "a progress bar").tqdm if self.progress else None
         trainings = self.trainings(X)
         for training in trainings:
@@ -259,7 +271,7 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         seeds = [int(random.randint(np.iinfo(np.int32).max)) for _ in negatives]
         return [
             EncoderTraining(
-                self._encoder(series.shape[1], seed),
+                self._encoder(n_channels(series), seed),
                 series,
                 n_negatives=n_negatives,
                 generator=np.random.default_rng(seed),
@@ -285,18 +297,18 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         self.encoders_ = [training.encoder for training in trainings]
         self.losses_ = [training.losses for training in trainings]
         self.step_seconds_ = [training.seconds / training.n_steps for training in trainings]
-        self.n_features_in_ = trainings[0].series.shape[1]
+        self.n_features_in_ = n_channels(trainings[0].series)
         return self
 
     def transform(self, X: npt.ArrayLike) -> Features:
-        """Features of series (cases, channels, time) or (cases, time), shape (cases, encoders * out_channels)."""
+        """Features of these series, shape (cases, encoders * out_channels)."""
         check_is_fitted(self)
         like = next(self.encoders_[0].parameters())
         series = _check_series(X, like.dtype).to(like.device)
-        if series.shape[1] != self.n_features_in_:
+        if (channels := n_channels(series)) != self.n_features_in_:
+            shape = f" (shape {tuple(series.shape)})" if isinstance(series, Tensor) else ""
             raise InputError(
-                f"X has {series.shape[1]} channels (shape {tuple(series.shape)}), but {type(self).__name__} was fitted "
-                f"with {self.n_features_in_}"
+                f"X has {channels} channels{shape}, but {type(self).__name__} was fitted with {self.n_features_in_}"
             )
         features: Features = torch.cat([encode(encoder, series) for encoder in self.encoders_], 1).cpu().numpy()
         return features
@@ -356,7 +368,7 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
     n_features_in_: int
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Train on series (cases, channels, time) or (cases, time) with labels ``y`` of shape (cases,)."""
+        """Train on these series, as for :class:`USRLTransformer`, with labels ``y`` of shape (cases,)."""
         if y is None:
             raise InputError("USRLClassifier requires y to be passed, but the target y is None")
         self._check(X, y)
@@ -389,7 +401,7 @@ class USRLClassifier(ClassifierMixin, _USRL):  # type: ignore[misc]
         return labels
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Labels of series (cases, channels, time) or (cases, time), shape (cases,)."""
+        """Labels of these series, shape (cases,)."""
         features = self._features(X)
         labels: npt.NDArray[Any] = self.svm_.predict(features)
         return labels
@@ -449,26 +461,18 @@ def _is_count(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _check_series(X: npt.ArrayLike, dtype: torch.dtype) -> Tensor:
-    """A copy of ``X`` as a tensor (cases, channels, time).
+def _check_series(X: npt.ArrayLike, dtype: torch.dtype) -> SeriesSet:
+    """A copy of ``X`` as a tensor (cases, channels, time), or as ragged series if lengths differ.
 
     Raises:
         InputError: if it is not an array of numbers, has the wrong number of dimensions, is empty or not finite.
     """
     if hasattr(X, "toarray"):
         raise InputError("X is a sparse matrix, which is not supported; pass X.toarray()")
-    try:
-        array = np.asarray(X)
-        if array.dtype.kind == "c":
-            raise InputError("Complex data not supported: X must be real; pass X.real and X.imag as two channels")
-        array = array.astype(np.float64, copy=False)
-    except InputError:
-        raise
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else InputError
-        raise kind(
-            f"X must be an array of numbers, of shape (cases, channels, time) or (cases, time) ({error})"
-        ) from error
+    cases = _arrays(X)
+    if len({case.shape for case in cases}) > 1:
+        return _check_ragged(cases, dtype)
+    array = _as_numbers(X)
     if array.ndim not in (2, 3):
         raise InputError(
             f"X must have shape (cases, channels, time), or (cases, time) for one channel, got {array.shape}. "
@@ -478,7 +482,49 @@ def _check_series(X: npt.ArrayLike, dtype: torch.dtype) -> Tensor:
     for axis, what in enumerate(("no cases", "no channels", "empty series")):
         if array.shape[axis] == 0:
             raise InputError(f"X has {what}; it has shape {np.shape(X)}")
+    _check_finite(array, dtype)
+    return torch.tensor(array, dtype=dtype)
+
+
+def _arrays(X: npt.ArrayLike) -> list[Any]:
+    """The cases, if ``X`` is a list (or an array of objects) of arrays or tensors."""
+    is_list = isinstance(X, (list, tuple)) or (isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1)
+    cases = list(X) if is_list else []  # type: ignore[arg-type]
+    return cases if all(hasattr(case, "shape") for case in cases) else []
+
+
+def _check_ragged(cases: Sequence[Any], dtype: torch.dtype) -> Ragged:
+    arrays = [_as_numbers(case) for case in cases]
+    for number, array in enumerate(arrays):
+        if array.ndim not in (1, 2):
+            raise InputError(f"X[{number}] must have shape (channels, time) or (time,), got {array.shape}")
+        if 0 in array.shape:
+            raise InputError(f"X has empty series; X[{number}] has shape {array.shape}")
+    arrays = [np.atleast_2d(array) for array in arrays]
+    if len(channels := sorted({len(array) for array in arrays})) > 1:
+        raise InputError(f"X has series of {' and '.join(map(str, channels))} channels; all must have as many")
+    for array in arrays:
+        _check_finite(array, dtype)
+    return Ragged.of([torch.tensor(array, dtype=dtype) for array in arrays])
+
+
+def _as_numbers(X: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    try:
+        array = np.asarray(X)
+        if array.dtype.kind == "c":
+            raise InputError("Complex data not supported: X must be real; pass X.real and X.imag as two channels")
+        return array.astype(np.float64, copy=False)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else InputError
+        raise kind(
+            "X must be an array of numbers, of shape (cases, channels, time) or (cases, time), or a list of arrays "
+            f"(channels, time) ({error})"
+        ) from error
+
+
+def _check_finite(array: npt.NDArray[np.float64], dtype: torch.dtype) -> None:
     if not np.isfinite(array).all() or np.abs(array).max() > torch.finfo(dtype).max:
         bad = "NaN" if np.isnan(array).any() else f"infinity or values too large for {dtype}"
         raise InputError(f"X contains {bad}; fill in or leave out those series")
-    return torch.tensor(array, dtype=dtype)

@@ -160,6 +160,49 @@ def test_classifier_learns_the_waves_and_works_with_scikit_learn():
     assert pipeline.predict(X).shape == (40,)
 
 
+def ragged_waves(n=20, channels=2, seed=0):
+    X, y = waves(n, channels, seed=seed)
+    return [case[:, : 3 + 7 * i % 22] for i, case in enumerate(X)], y
+
+
+def test_series_of_unequal_lengths():
+    X, y = ragged_waves()
+    model = USRLTransformer(2, dtype="float64", **TINY)
+    features = model.fit_transform(X)
+    assert features.shape == (20, 4)
+    one_by_one = np.concatenate([model.transform(case[None]) for case in X])
+    np.testing.assert_allclose(features, one_by_one, rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(clone(model).fit_transform(X), features)
+    np.testing.assert_array_equal(model.transform(np.array([*X, None], dtype=object)[:-1]), features)
+    np.testing.assert_array_equal(model.transform([torch.tensor(case) for case in X]), features)
+    classifier = USRLClassifier(2, dtype="float64", **TINY).fit(X, y)
+    np.testing.assert_array_equal(classifier.transformer_.transform(X), features)
+    assert classifier.predict(X[3:8]).tolist() == classifier.predict(X)[3:8].tolist()
+    with pytest.raises(ValueError, match="y has 19 labels, but X has 20 cases"):
+        USRLClassifier(2, **TINY).fit(X, y[1:])
+    with pytest.raises(ValueError, match=r"^X has 1 channels, but USRLTransformer was fitted with 2$"):
+        model.transform([case[0] for case in X])
+
+
+def test_lists_of_equal_series_are_arrays():
+    X, _ = waves()
+    features = USRLTransformer(2, **TINY).fit_transform(X)
+    for same in (list(X), list(X[:, 0]), X.tolist()):
+        np.testing.assert_array_equal(USRLTransformer(2, **TINY).fit_transform(same), features)
+    univariate = [case[0, : 5 + i] for i, case in enumerate(X)]
+    np.testing.assert_array_equal(
+        USRLTransformer(2, **TINY).fit_transform(univariate),
+        USRLTransformer(2, **TINY).fit_transform([case[None] for case in univariate]),
+    )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_trained_on_unequal_lengths_and_copied(copied):
+    X, _ = ragged_waves()
+    model = USRLTransformer(2, **TINY).fit(X)
+    np.testing.assert_array_equal(copied(model).transform(X), model.transform(X))
+
+
 def fitted_transformer():
     return USRLTransformer(1, **TINY).fit(waves()[0])
 
@@ -176,7 +219,12 @@ BAD_SERIES = {
     "too large for float32": (np.array([[1.0, 1e39, 2.0]]), r"too large for torch.float32"),
     "complex": (np.array([[1.0, 1j]]), r"^Complex data not supported: X"),
     "words": (np.array([["a", "b"]]), r"^X must be an array of numbers"),
-    "unequal lengths": ([[1.0, 2.0], [1.0]], r"^X must be an array of numbers"),
+    "NaN in one of unequal lengths": ([np.ones((1, 2)), np.full((1, 3), np.nan)], r"^X contains NaN"),
+    "one of unequal lengths is empty": ([np.ones((1, 2)), np.ones((1, 0))], r"^X has empty series; X\[1\] has shape"),
+    "unequal channels": ([np.ones((1, 2)), np.ones((3, 2))], r"^X has series of 1 and 3 channels; all must have"),
+    "unequal dimensions": ([np.ones((1, 2)), np.ones((1, 1, 2))], r"^X\[1\] must have shape \(channels, time\) or"),
+    "words of unequal length": ([np.array(["a"]), np.array(["b", "c"])], r"^X must be an array of numbers"),
+    "lists of unequal lengths": ([[1.0, 2.0], [1.0]], r"^X must be an array of numbers"),
 }
 
 
