@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -36,117 +37,207 @@ T* pointer(std::uintptr_t address) {
 }
 
 pk::Activation activation_from(int code) {
-    if (code < 0 || code > static_cast<int>(pk::Activation::tanh))
+    if (code < 0 || code > static_cast<int>(pk::Activation::gelu))
         throw std::invalid_argument("unknown activation code");
     return static_cast<pk::Activation>(code);
 }
 
-pk::ConvShape conv_shape(const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation) {
+// x and weight as Python sees them: x (B, C, T), or (1, C, total) with `sequences` packed one after the other.
+pk::ConvShape conv_shape(const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
+                         std::int64_t groups) {
     const auto [batch, in_channels, length] = x_shape;
     const auto [out_channels, weight_channels, kernel_size] = weight_shape;
     if (batch < 0 || in_channels < 1 || length < 0 || out_channels < 0 || kernel_size < 1 || dilation < 1 ||
-        weight_channels != in_channels)
+        groups < 1 || weight_channels * groups != in_channels || out_channels % groups != 0)
         throw std::invalid_argument("inconsistent shapes; call pykernels.causal_conv1d, which says what is wrong");
-    return {batch, in_channels, out_channels, length, kernel_size, dilation};
+    return {batch, in_channels, out_channels, length, kernel_size, dilation, groups};
 }
 
+// Where sequences lie: addresses of int32 offsets or of int64 lengths, or 0, and how many sequences there are.
+using Sequences = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t>;
+
+// Sequences of unequal lengths. Wrong offsets and lengths are clamped, so that spans lie side by side inside the series.
+class Spans {
+public:
+    Spans(pk::ConvShape& shape, const Sequences& sequences) {
+        const auto [offsets_address, lengths_address, count] = sequences;
+        if (offsets_address == 0 && lengths_address == 0) return;
+        if (count < 0 || shape.batch != (offsets_address != 0 ? 1 : count) || (count == 0 && shape.length > 0))
+            throw std::invalid_argument("packed sequences need one series, lengths one for each series");
+        const std::int64_t end = shape.length;
+        const auto inside = [end](std::int64_t low, std::int64_t at) { return std::min(std::max(low, at), end); };
+        spans_.reserve(static_cast<std::size_t>(count));
+        std::int64_t longest = 0, begin = 0;
+        for (std::int64_t i = 0; i < count; ++i) {
+            std::int64_t length = 0;
+            if (offsets_address != 0) {
+                const std::int32_t* offsets = pointer<const std::int32_t>(offsets_address);
+                length = (i + 1 == count ? end : inside(begin, offsets[i + 1])) - begin;
+            } else {
+                length = inside(0, pointer<const std::int64_t>(lengths_address)[i]);
+            }
+            spans_.push_back({begin, length});
+            longest = std::max(longest, length);
+            if (offsets_address != 0) begin += length;
+        }
+        packed_ = offsets_address != 0;
+        series_length_ = end;
+        shape.batch = count;
+        shape.length = longest;
+    }
+    const pk::Span* data() const { return spans_.empty() ? nullptr : spans_.data(); }
+
+    // A (B, C, T) view with sequences in place of samples.
+    template <class T>
+    pk::View3<T> of(std::uintptr_t address, const Strides& strides) const {
+        return {pointer<T>(address), packed_ ? 0 : std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+    }
+    template <class T>
+    pk::View3<T> of(std::uintptr_t address, std::int64_t channels, std::int64_t length) const {
+        return of<T>(address, Strides{channels * length, length, 1});
+    }
+
+    // Zeroes what lies behind the sequences of a padded batch.
+    template <class T>
+    void clear_padding(T* data, std::int64_t channels) const {
+        if (packed_ || data == nullptr) return;
+        for (std::size_t i = 0; i < spans_.size(); ++i)
+            for (std::int64_t c = 0; c < channels; ++c) {
+                T* row = data + (static_cast<std::int64_t>(i) * channels + c) * series_length_;
+                std::fill(row + spans_[i].length, row + series_length_, T(0));
+            }
+    }
+
+private:
+    std::vector<pk::Span> spans_;
+    bool packed_ = false;
+    std::int64_t series_length_ = 0;
+};
+
 template <class T>
-void forward(const pk::ConvShape& shape, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
-             std::uintptr_t bias, std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y,
-             std::uintptr_t h, const Addresses& pool, pk::Activation activation, double negative_slope, int threads) {
+void forward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t x, const Strides& x_strides,
+             std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual, const Strides& residual_strides,
+             std::uintptr_t state, const Strides& state_strides, std::uintptr_t y, std::uintptr_t saved,
+             const Addresses& pool, pk::Activation activation, double negative_slope, bool residual_before_activation,
+             int threads) {
+    const py::gil_scoped_release release;
     const auto [pool_value, pool_time, pool_h] = pool;
+    const std::int64_t length = shape.length;
+    const Spans spans(shape, sequences);
+    if (pool_value != 0)
+        for (std::int64_t i = 0; i < shape.batch; ++i)
+            if ((spans.data() == nullptr ? length : spans.data()[i].length) == 0)
+                throw std::invalid_argument("the maximum over time needs at least one sample");
     const pk::CausalConvForward<T> p{shape,
-                                     view<const T>(x, x_strides),
+                                     spans.of<const T>(x, x_strides),
                                      pointer<const T>(weight),
                                      pointer<const T>(bias),
-                                     view<const T>(residual, residual_strides),
-                                     pointer<T>(y),
-                                     pointer<T>(h),
+                                     spans.of<const T>(residual, residual_strides),
+                                     view<const T>(state, state_strides),
+                                     spans.data(),
+                                     spans.of<T>(y, shape.out_channels, length),
+                                     pointer<T>(saved),
                                      {pointer<T>(pool_value), pointer<std::int64_t>(pool_time), pointer<T>(pool_h)},
                                      activation,
                                      static_cast<T>(negative_slope),
+                                     residual_before_activation,
                                      threads};
-    const py::gil_scoped_release release;
     pk::causal_conv_forward(p);
+    spans.clear_padding(pointer<T>(y), shape.out_channels);
+    spans.clear_padding(pointer<T>(saved), shape.out_channels);
 }
 
 void causal_conv1d_forward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
-                           std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight, std::uintptr_t bias,
-                           std::uintptr_t residual, const Strides& residual_strides, std::uintptr_t y, std::uintptr_t h,
-                           const Addresses& pool, int activation, double negative_slope, int threads) {
+                           std::int64_t groups, const Sequences& sequences, std::uintptr_t x, const Strides& x_strides,
+                           std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual,
+                           const Strides& residual_strides, std::uintptr_t state, const Strides& state_strides,
+                           std::uintptr_t y, std::uintptr_t saved, const Addresses& pool, int activation,
+                           double negative_slope, bool residual_before_activation, int threads) {
     const auto [pool_value, pool_time, pool_h] = pool;
-    const auto [batch, in_channels, length] = x_shape;
-    if (pool_value != 0 && (pool_time == 0 || length == 0))
-        throw std::invalid_argument("a pool needs values, times and at least one sample");
-    if (pool_value == 0 && y == 0 && batch > 0 && length > 0)  // an empty tensor has no address
+    const pk::ConvShape shape = conv_shape(x_shape, weight_shape, dilation, groups);
+    if (pool_value != 0 && (pool_time == 0 || shape.length == 0 || groups != 1))
+        throw std::invalid_argument("a pool needs values, times, at least one sample and one group");
+    if (pool_value == 0 && y == 0 && shape.batch > 0 && shape.length > 0)  // an empty tensor has no address
         throw std::invalid_argument("there is nowhere to write the output to");
-    if (residual != 0 && std::get<2>(residual_strides) != 1)
-        throw std::invalid_argument("the residual's time stride must be 1");
-    (is_double ? forward<double> : forward<float>)(conv_shape(x_shape, weight_shape, dilation), x, x_strides, weight,
-                                                   bias, residual, residual_strides, y, h, pool,
-                                                   activation_from(activation), negative_slope, threads);
+    if ((residual != 0 && std::get<2>(residual_strides) != 1) || (state != 0 && std::get<2>(state_strides) != 1))
+        throw std::invalid_argument("the time stride of the residual and of the state must be 1");
+    (is_double ? forward<double> : forward<float>)(shape, sequences, x, x_strides, weight, bias, residual,
+                                                   residual_strides, state, state_strides, y, saved, pool,
+                                                   activation_from(activation), negative_slope,
+                                                   residual_before_activation, threads);
 }
 
 template <class T>
-void backward(const pk::ConvShape& shape, std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
-              const Strides& h_strides, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
-              std::uintptr_t addend, const Strides& addend_strides, std::uintptr_t grad_x, std::uintptr_t grad_weight,
-              std::uintptr_t grad_bias, pk::Activation activation, double negative_slope, int threads) {
+void backward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t grad_y, const Strides& grad_y_strides,
+              std::uintptr_t saved, const Strides& saved_strides, std::uintptr_t x, const Strides& x_strides,
+              std::uintptr_t weight, std::uintptr_t addend, const Strides& addend_strides, std::uintptr_t grad_x,
+              std::uintptr_t grad_weight, std::uintptr_t grad_bias, pk::Activation activation, double negative_slope,
+              int threads) {
+    const py::gil_scoped_release release;
+    const std::int64_t length = shape.length;
+    const Spans spans(shape, sequences);
     const pk::CausalConvBackward<T> p{shape,
-                                      view<const T>(grad_y, grad_y_strides),
-                                      view<const T>(h, h_strides),
-                                      view<const T>(x, x_strides),
+                                      spans.of<const T>(grad_y, grad_y_strides),
+                                      spans.of<const T>(saved, saved_strides),
+                                      spans.of<const T>(x, x_strides),
                                       pointer<const T>(weight),
-                                      view<const T>(addend, addend_strides),
-                                      pointer<T>(grad_x),
+                                      spans.data(),
+                                      spans.of<const T>(addend, addend_strides),
+                                      spans.of<T>(grad_x, shape.in_channels, length),
                                       pointer<T>(grad_weight),
                                       pointer<T>(grad_bias),
                                       activation,
                                       static_cast<T>(negative_slope),
                                       threads};
-    const py::gil_scoped_release release;
     pk::causal_conv_backward(p);
+    spans.clear_padding(pointer<T>(grad_x), shape.in_channels);
 }
 
 void causal_conv1d_backward(bool is_double, const Strides& x_shape, const Strides& weight_shape, std::int64_t dilation,
-                            std::uintptr_t grad_y, const Strides& grad_y_strides, std::uintptr_t h,
-                            const Strides& h_strides, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
-                            std::uintptr_t addend, const Strides& addend_strides, std::uintptr_t grad_x,
-                            std::uintptr_t grad_weight, std::uintptr_t grad_bias, int activation, double negative_slope,
-                            int threads) {
+                            std::int64_t groups, const Sequences& sequences, std::uintptr_t grad_y,
+                            const Strides& grad_y_strides, std::uintptr_t saved, const Strides& saved_strides,
+                            std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight, std::uintptr_t addend,
+                            const Strides& addend_strides, std::uintptr_t grad_x, std::uintptr_t grad_weight,
+                            std::uintptr_t grad_bias, int activation, double negative_slope, int threads) {
     if (std::get<2>(x_strides) != 1 || (addend != 0 && std::get<2>(addend_strides) != 1))
         throw std::invalid_argument("the time stride of x and of the addend must be 1");
-    (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation), grad_y,
-                                                     grad_y_strides, h, h_strides, x, x_strides, weight, addend,
-                                                     addend_strides, grad_x, grad_weight, grad_bias,
+    (is_double ? backward<double> : backward<float>)(conv_shape(x_shape, weight_shape, dilation, groups), sequences,
+                                                     grad_y, grad_y_strides, saved, saved_strides, x, x_strides, weight,
+                                                     addend, addend_strides, grad_x, grad_weight, grad_bias,
                                                      activation_from(activation), negative_slope, threads);
 }
 
 template <class T>
-void backward_at(const pk::ConvShape& shape, std::uintptr_t dz, std::uintptr_t time, std::uintptr_t x,
-                 const Strides& x_strides, std::uintptr_t weight, std::uintptr_t grad_x, std::uintptr_t grad_weight,
-                 int threads) {
+void backward_at(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t dz, std::uintptr_t time,
+                 std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight, std::uintptr_t grad_x,
+                 std::uintptr_t grad_weight, int threads) {
+    const std::int64_t length = shape.length;
+    const Spans spans(shape, sequences);
+    const auto* times = pointer<const std::int64_t>(time);
+    for (std::int64_t i = 0; i < shape.batch * shape.out_channels; ++i) {
+        const std::int64_t end = spans.data() == nullptr ? length : spans.data()[i / shape.out_channels].length;
+        if (times[i] < 0 || times[i] >= end) throw std::invalid_argument("a time lies outside the series");
+    }
     const pk::CausalConvBackwardAt<T> p{shape,
                                         pointer<const T>(dz),
-                                        pointer<const std::int64_t>(time),
-                                        view<const T>(x, x_strides),
+                                        times,
+                                        spans.of<const T>(x, x_strides),
                                         pointer<const T>(weight),
-                                        pointer<T>(grad_x),
+                                        spans.data(),
+                                        spans.of<T>(grad_x, shape.in_channels, length),
                                         pointer<T>(grad_weight),
                                         threads};
     const py::gil_scoped_release release;
     pk::causal_conv_backward_at(p);
+    spans.clear_padding(pointer<T>(grad_x), shape.in_channels);
 }
 
 void causal_conv1d_backward_at(bool is_double, const Strides& x_shape, const Strides& weight_shape,
-                               std::int64_t dilation, std::uintptr_t dz, std::uintptr_t time, std::uintptr_t x,
-                               const Strides& x_strides, std::uintptr_t weight, std::uintptr_t grad_x,
-                               std::uintptr_t grad_weight, int threads) {
-    const pk::ConvShape shape = conv_shape(x_shape, weight_shape, dilation);
-    const auto* times = pointer<const std::int64_t>(time);
-    for (std::int64_t i = 0; i < shape.batch * shape.out_channels; ++i)
-        if (times[i] < 0 || times[i] >= shape.length) throw std::invalid_argument("a time lies outside the series");
-    (is_double ? backward_at<double> : backward_at<float>)(shape, dz, time, x, x_strides, weight, grad_x, grad_weight,
+                               std::int64_t dilation, const Sequences& sequences, std::uintptr_t dz,
+                               std::uintptr_t time, std::uintptr_t x, const Strides& x_strides, std::uintptr_t weight,
+                               std::uintptr_t grad_x, std::uintptr_t grad_weight, int threads) {
+    (is_double ? backward_at<double> : backward_at<float>)(conv_shape(x_shape, weight_shape, dilation, 1), sequences,
+                                                           dz, time, x, x_strides, weight, grad_x, grad_weight,
                                                            threads);
 }
 

@@ -1,4 +1,5 @@
 _Shape = tuple[int, ...]
+_Sequences = tuple[int, int, int]
 
 def capabilities() -> list[str]: ...
 def capability() -> str: ...
@@ -9,17 +10,22 @@ def causal_conv1d_forward(
     x_shape: _Shape,
     weight_shape: _Shape,
     dilation: int,
+    groups: int,
+    sequences: _Sequences,
     x: int,
     x_strides: _Shape,
     weight: int,
     bias: int,
     residual: int,
     residual_strides: _Shape,
+    state: int,
+    state_strides: _Shape,
     y: int,
-    h: int,
+    saved: int,
     pool: tuple[int, int, int],
     activation: int,
     negative_slope: float,
+    residual_before_activation: bool,
     threads: int,
     /,
 ) -> None: ...
@@ -28,10 +34,12 @@ def causal_conv1d_backward(
     x_shape: _Shape,
     weight_shape: _Shape,
     dilation: int,
+    groups: int,
+    sequences: _Sequences,
     grad_y: int,
     grad_y_strides: _Shape,
-    h: int,
-    h_strides: _Shape,
+    saved: int,
+    saved_strides: _Shape,
     x: int,
     x_strides: _Shape,
     weight: int,
@@ -50,6 +58,7 @@ def causal_conv1d_backward_at(
     x_shape: _Shape,
     weight_shape: _Shape,
     dilation: int,
+    sequences: _Sequences,
     dz: int,
     time: int,
     x: int,

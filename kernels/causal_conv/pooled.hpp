@@ -10,16 +10,17 @@
 
 namespace pk {
 
-// Gradients of a causal convolution without activation, whose output gradient is dz[b,o] at time[b,o] and zero elsewhere.
+// Gradients of a causal convolution without activation or groups, whose output gradient is dz[b,o] at time[b,o] and zero elsewhere.
 template <class T>
 struct CausalConvBackwardAt {
     ConvShape shape;
     const T* dz;               // (B, O)
-    const std::int64_t* time;  // (B, O), in [0, length)
+    const std::int64_t* time;  // (B, O), inside the sequence
     View3<const T> x;
-    const T* weight;  // (O, C, K)
-    T* grad_x;        // (B, C, T) contiguous or null
-    T* grad_weight;   // (O, C, K) or null
+    const T* weight;    // (O, C, K)
+    const Span* spans;  // (B) or null; times count from the start of a span
+    View3<T> grad_x;    // time_stride 1, or data null
+    T* grad_weight;     // (O, C, K) or null
     int threads;
 };
 

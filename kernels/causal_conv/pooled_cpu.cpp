@@ -44,18 +44,20 @@ struct BackwardAt {
         for (Index b = index * s.batch / chunks; b < (index + 1) * s.batch / chunks; ++b) {
             const Index* time = p.time + b * s.out_channels;
             const T* dz = p.dz + b * s.out_channels;
-            for (Index t = 0; t < s.length; ++t) row_of[t] = 0;
+            const Index begin = p.spans == nullptr ? 0 : p.spans[b].begin;
+            const Index length = p.spans == nullptr ? s.length : p.spans[b].length;
+            for (Index t = 0; t < length; ++t) row_of[t] = 0;
             for (Index o = 0; o < s.out_channels; ++o)
                 for (Index j = 0, t = time[o]; j < taps && t >= 0; ++j, t -= s.dilation) row_of[t] = 1;
             Index count = 0;
-            for (Index t = 0; t < s.length; ++t) {
+            for (Index t = 0; t < length; ++t) {
                 if (row_of[t] == 0) continue;
                 row_of[t] = count;
                 time_of[count++] = t;
             }
             if (grad_weight != nullptr) {
                 for (Index c = 0; c < s.in_channels; ++c) {
-                    const T* x = p.x.data + b * p.x.batch_stride + c * p.x.channel_stride;
+                    const T* x = p.x.data + b * p.x.batch_stride + c * p.x.channel_stride + begin * p.x.time_stride;
                     for (Index i = 0; i < count; ++i) seen[i * s.in_channels + c] = x[time_of[i] * p.x.time_stride];
                 }
             }
@@ -64,13 +66,13 @@ struct BackwardAt {
                 for (Index j = 0, t = time[o]; j < taps && t >= 0; ++j, t -= s.dilation) {
                     const Index weight_row = (o * taps + j) * s.in_channels, row = row_of[t] * s.in_channels;
                     if (grad_weight != nullptr) add_scaled(grad_weight + weight_row, dz[o], seen + row, s.in_channels);
-                    if (p.grad_x != nullptr) add_scaled(grad + row, dz[o], rows + weight_row, s.in_channels);
+                    if (p.grad_x.data != nullptr) add_scaled(grad + row, dz[o], rows + weight_row, s.in_channels);
                 }
             }
-            if (p.grad_x == nullptr) continue;
+            if (p.grad_x.data == nullptr) continue;
             for (Index c = 0; c < s.in_channels; ++c) {
-                T* out = p.grad_x + (b * s.in_channels + c) * s.length;
-                clear(out, s.length);
+                T* out = p.grad_x.data + b * p.grad_x.batch_stride + c * p.grad_x.channel_stride + begin;
+                clear(out, length);
                 for (Index i = 0; i < count; ++i) out[time_of[i]] = grad[i * s.in_channels + c];
             }
         }
@@ -104,7 +106,7 @@ void backward_at(const CausalConvBackwardAt<T>& p) {
     }
     const int workers = s.batch * weights * taps < parallel_elements ? 1 : usable_threads(p.threads);
     const Index chunks = min(s.batch, max_chunks), most = min(s.length, s.out_channels * taps);
-    const Index row_size = p.grad_x == nullptr ? 0 : aligned<T>(weights * taps);
+    const Index row_size = p.grad_x.data == nullptr ? 0 : aligned<T>(weights * taps);
     const Index partial_size = p.grad_weight == nullptr ? 0 : aligned<T>(chunks * weights * taps);
     const Index buffer_size = aligned<T>(workers * 2 * most * s.in_channels);
     const Scratch scratch(static_cast<std::size_t>(row_size + partial_size + buffer_size) * sizeof(T) +

@@ -50,4 +50,13 @@ PK_INLINE void add_scaled(T* out, T scale, const T* p, Index n) {
     }
 }
 
+// The first n lanes, `stride` elements apart; the others are zero.
+template <class T>
+PK_INLINE Vec<T> load_strided(const T* p, Index stride, int n) {
+    if (stride == 1) return n == Vec<T>::lanes ? Vec<T>::load(p) : Vec<T>::load_first(p, n);
+    T lane[Vec<T>::lanes] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
+    return Vec<T>::load(lane);
+}
+
 PK_ISA_END

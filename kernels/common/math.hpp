@@ -1,4 +1,6 @@
 // Elementary functions of a Vec, with error bounds that the tests check in units in the last place (ulp).
+//
+// erf: W. J. Cody, "Rational Chebyshev approximations for the error function", Mathematics of Computation 23 (1969).
 #pragma once
 
 #include "common/simd.hpp"
@@ -16,6 +18,7 @@ template <>
 struct Ln2<float> {
     static constexpr float inverse = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
     static constexpr float tanh_is_one = 10.0f;
+    static constexpr float exp_is_zero = -104.0f, exp_is_infinite = 89.0f;
     static constexpr int taylor_degree = 8;  // relative truncation error of expm1 on |r| <= ln2/2: 6e-10
 };
 template <>
@@ -23,6 +26,7 @@ struct Ln2<double> {
     static constexpr double inverse = 1.44269504088896340736, high = 0.693147180369123816490,
                             low = 1.90821492927058770002e-10;
     static constexpr double tanh_is_one = 20.0;
+    static constexpr double exp_is_zero = -746.0, exp_is_infinite = 710.0;
     static constexpr int taylor_degree = 13;  // 1.2e-17
 };
 
@@ -56,6 +60,63 @@ PK_INLINE Vec<T> tanh(Vec<T> x) {
     const Vec<T> p = r + r * r * taylor_exp<2, L::taylor_degree>(r);
     const Vec<T> e = power * p + (power - Vec<T>(T(1)));
     return copysign(e / (e + Vec<T>(T(2))), x);
+}
+
+// exp x = 2^n (1 + p(r)), x = n ln2 + r; 2^n in two factors, so that results below the normal numbers and infinity come out
+// right. Error below 2 ulp of a normal result; NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> exp(Vec<T> x) {
+    using L = Ln2<T>;
+    const Vec<T> low(L::exp_is_zero), high(L::exp_is_infinite);
+    x = select_le(x, low, low, x);
+    x = select_le(high, x, high, x);
+    const Vec<T> n = round_and_exp2(x * Vec<T>(L::inverse)).n;
+    const Vec<T> r = (x - n * Vec<T>(L::high)) - n * Vec<T>(L::low);
+    const Vec<T> value = Vec<T>(T(1)) + (r + r * r * taylor_exp<2, L::taylor_degree>(r));
+    const auto half = round_and_exp2(n * Vec<T>(T(0.5)));
+    return value * half.power * round_and_exp2(n - half.n).power;
+}
+
+template <class T>
+PK_INLINE Vec<T> sigmoid(Vec<T> x) {
+    const Vec<T> one(T(1));
+    return one / (one + exp(Vec<T>(T(0)) - x));
+}
+
+// c[0] x^n + c[1] x^(n-1) + ... + c[n]
+template <class T, int n>
+PK_INLINE Vec<T> polynomial(const double (&c)[n], Vec<T> x) {
+    Vec<T> sum(static_cast<T>(c[0]));
+#pragma GCC unroll 16
+    for (int i = 1; i < n; ++i) sum = sum * x + Vec<T>(static_cast<T>(c[i]));
+    return sum;
+}
+
+// Absolute error below 2 eps; NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> erf(Vec<T> x) {
+    constexpr double near_above[] = {1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2,
+                                     3.77485237685302021e2, 3.20937758913846947e3};
+    constexpr double near_below[] = {1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3,
+                                     2.84423683343917062e3};
+    constexpr double far_above[] = {2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0,
+                                    6.61191906371416295e1,  2.98635138197400131e2,  8.81952221241769090e2,
+                                    1.71204761263407058e3,  2.05107837782607147e3,  1.23033935479799725e3};
+    constexpr double far_below[] = {1.0,
+                                    1.57449261107098347e1,
+                                    1.17693950891312499e2,
+                                    5.37181101862009858e2,
+                                    1.62138957456669019e3,
+                                    3.29079923573345963e3,
+                                    4.36261909014324716e3,
+                                    3.43936767414372164e3,
+                                    1.23033935480374942e3};
+    const Vec<T> magnitude = copysign(x, Vec<T>(T(1))), limit(T(6)), square = x * x;
+    const Vec<T> inner = x * polynomial(near_above, square) / polynomial(near_below, square);
+    const Vec<T> a = select_le(limit, magnitude, limit, magnitude);
+    const Vec<T> tail = exp(Vec<T>(T(0)) - a * a) * polynomial(far_above, a) / polynomial(far_below, a);
+    const Vec<T> outer = copysign(Vec<T>(T(1)) - tail, x);
+    return select_le(magnitude, Vec<T>(T(0.46875)), inner, outer);
 }
 
 PK_ISA_END

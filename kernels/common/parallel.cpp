@@ -98,6 +98,8 @@ void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* 
     for (std::int64_t task = 0; task < tasks; ++task) body(context, task, 0);
 }
 
+void throw_out_of_memory() { throw std::bad_alloc(); }
+
 Scratch::Scratch(std::size_t bytes) : owned_(bytes > kept_bytes || kept.in_use) {
     if (owned_) {
         data_ = allocate(bytes);

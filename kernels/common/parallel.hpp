@@ -19,6 +19,9 @@ int usable_threads(int threads);
 
 bool has_openmp();
 
+// Throws std::bad_alloc.
+[[noreturn]] void throw_out_of_memory();
+
 // 64-byte aligned scratch memory of the calling thread. Small blocks are kept for the thread's next call, since giving
 // pages back and faulting them in again costs more than a small convolution. One scratch may be alive per thread.
 class Scratch {

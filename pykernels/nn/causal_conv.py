@@ -24,17 +24,17 @@ class CausalConv1d(nn.Conv1d):
     residual are fused into the convolution.
 
     Args:
-        in_channels, out_channels, kernel_size, dilation, bias, device, dtype: as for ``nn.Conv1d``.
-        stride, padding, groups, padding_mode: accepted at their defaults only (the causal padding is built in).
-        activation: None, ``"relu"``, ``"leaky_relu"`` or ``"tanh"``.
-        negative_slope: slope of ``"leaky_relu"`` below zero, at least 0.
-        backend: see :func:`pykernels.causal_conv1d`.
+        in_channels, out_channels, kernel_size, dilation, groups, bias, device, dtype: as for ``nn.Conv1d``.
+        stride, padding, padding_mode: accepted at their defaults only (the causal padding is built in).
+        activation, negative_slope, residual_before_activation, backend: see :func:`pykernels.causal_conv1d`.
 
     Shape:
-        input (B, C, T) or (C, T), residual and output (B, O, T) or (O, T).
+        input (B, C, T) or (C, T), residual and output (B, O, T) or (O, T). ``forward`` also takes the arguments
+        ``initial_state``, ``return_final_state``, ``cu_seqlens`` and ``lengths`` of :func:`pykernels.causal_conv1d`,
+        with inputs (B, C, T).
 
     Raises:
-        ValueError: if ``stride``, ``padding``, ``groups`` or ``padding_mode`` is not at its default.
+        ValueError: if ``stride``, ``padding`` or ``padding_mode`` is not at its default.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class CausalConv1d(nn.Conv1d):
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        residual_before_activation: bool = False,
         backend: str | None = None,
     ) -> None:
         for name, value, accepted in (
             ("stride", stride, (1, (1,))),
             ("padding", padding, (0, (0,))),
-            ("groups", groups, (1,)),
             ("padding_mode", padding_mode, ("zeros",)),
         ):
             if value not in accepted:
@@ -68,17 +68,21 @@ class CausalConv1d(nn.Conv1d):
             out_channels,
             kernel_size,
             dilation=dilation,
+            groups=groups,
             bias=bias,
             device=device,
             dtype=dtype,
         )
         self.activation = activation
         self.negative_slope = negative_slope
+        self.residual_before_activation = residual_before_activation
         self.backend = backend
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, **modes: Any) -> Any:
         unbatched = input.dim() == 2
         if unbatched:
+            if any(mode is not None and mode is not False for mode in modes.values()):
+                raise ValueError(f"{', '.join(modes)}: input must have shape (B, C, T), got {tuple(input.shape)}")
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
         y = causal_conv1d(
@@ -86,10 +90,13 @@ class CausalConv1d(nn.Conv1d):
             self.weight,
             self.bias,
             dilation=self.dilation[0],
+            groups=self.groups,
             activation=self.activation,
             negative_slope=self.negative_slope,
             residual=residual,
+            residual_before_activation=self.residual_before_activation,
             backend=self.backend,
+            **modes,
         )
         return y.squeeze(0) if unbatched else y
 
@@ -99,6 +106,8 @@ class CausalConv1d(nn.Conv1d):
             text += f", activation={self.activation!r}"
             if self.activation == "leaky_relu":
                 text += f", negative_slope={self.negative_slope}"
+        if self.residual_before_activation:
+            text += ", residual_before_activation=True"
         return text
 
 
@@ -188,7 +197,9 @@ class CausalCNNEncoder(nn.Module):
         backend: see :func:`pykernels.causal_conv1d`.
 
     Shape:
-        input (B, in_channels, T) with T >= 1, output (B, out_channels).
+        input (B, in_channels, T) with T >= 1, output (B, out_channels). With ``cu_seqlens``, input (1, in_channels,
+        total) and output (N, out_channels) for N packed series; with ``lengths``, series that end before T, see
+        :func:`pykernels.causal_conv1d`.
     """
 
     def __init__(
@@ -216,7 +227,7 @@ class CausalCNNEncoder(nn.Module):
         self._folded: list[Tensor] | None = None
         self.linear = nn.Linear(reduced_size, out_channels, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         if x.dim() != 3 or x.shape[2] == 0:
             raise ValueError(
                 f"x must have shape (batch, channels, time) with at least one sample, got {tuple(x.shape)}"
@@ -228,6 +239,8 @@ class CausalCNNEncoder(nn.Module):
             [block.conv1.dilation[0] for block in blocks],
             negative_slope=blocks[0].conv1.negative_slope,
             pool=True,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
             backend=self.backend,
         )
         y: Tensor = self.linear(features)

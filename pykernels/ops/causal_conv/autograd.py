@@ -1,17 +1,21 @@
-"""First-order derivatives of the causal convolution's compiled kernels."""
+"""Derivatives of the compiled causal convolution.
+
+First derivatives outside of transforms go through one Function around the fused kernels. Function transforms, forward
+mode and derivatives of derivatives go through :func:`reference.compose` on the maps of :mod:`bilinear`, which run the
+same kernels but for the elementwise operations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from pykernels.ops.causal_conv.op import backward_op, forward_activated_op, forward_op
-
-UNSUPPORTED = "the compiled causal_conv1d does not support {} yet; use backend='reference'"
+from pykernels.ops.causal_conv import bilinear
+from pykernels.ops.causal_conv.op import NEEDS_ARGUMENT, backward_op, forward_op, saving_op
+from pykernels.ops.causal_conv.reference import Options, compose, padding
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -19,72 +23,90 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
-def recording_function(*tensors: Tensor | None) -> type[torch.autograd.Function] | None:
-    """The Function that must record a call on ``tensors``, or None if the operator itself will do.
-
-    Raises:
-        RuntimeError: inside forward-mode differentiation or a function transform other than ``torch.func.grad``.
-    """
-    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if torch.compiler.is_compiling():
-        return CausalConv1d if records else None
+def transforming(*tensors: Tensor | None) -> bool:
+    """Whether a function transform or forward-mode differentiation is at work, which a fused kernel cannot follow."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        for interpreter in torch._C._functorch.get_interpreter_stack() or ():
-            transform = interpreter.key()
-            if transform != torch._C._functorch.TransformType.Grad:
-                raise RuntimeError(UNSUPPORTED.format(f"torch.func.{transform.name.lower()}"))
-        return CausalConv1d
-    if torch.autograd.forward_ad._current_level >= 0 and any(
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 and any(
         t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise RuntimeError(UNSUPPORTED.format("forward-mode differentiation"))
-    return EagerCausalConv1d if records else None
+    )
+
+
+def recording(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def run(*args: Any) -> Tensor:
+    """The operator on a compiled backend, with derivatives. Arguments of ``pykernels::causal_conv1d``."""
+    differentiable = args[:5]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and transforming(*differentiable):
+        return composed(*args)
+    if recording(*differentiable):
+        x, residual = args[0], args[3]
+        if compiling and residual is x:  # Dynamo refuses one tensor as two arguments of a Function
+            args = (*args[:3], x.view_as(x), *args[4:])
+        result = apply(CausalConv1d if compiling else EagerCausalConv1d, *args)
+        y: Tensor = result[0] if isinstance(result, tuple) else result
+        return y
+    if compiling:
+        y = forward_op(*args)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        y = forward_op(*args)
+    return y
+
+
+def composed(*args: Any) -> Tensor:
+    """The same from bilinear maps and elementwise operations, differentiable in every way and to every order."""
+    backend = args[-1]
+
+    def convolve(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, dilation: int, groups: int) -> Tensor:
+        geometry = bilinear.Geometry(cu_seqlens, dilation, groups, tuple(weight.shape), backend)
+        return bilinear.convolve(x, weight, geometry)
+
+    x, weight, bias, residual, initial_state, cu_seqlens, lengths, *options = args[:-1]
+    tensors = (x, weight, bias, residual, initial_state, cu_seqlens, lengths)
+    return compose(convolve, *tensors, Options(*options))
 
 
 class CausalConv1d(torch.autograd.Function):
-    """``y``, or ``(y, act(z))`` where the backward needs the activation and a residual hides it in ``y``."""
+    """``y``, or ``(y, saved)`` where the backward needs something that is not y itself."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        dilation: int,
-        activation: str,
-        negative_slope: float,
-    ) -> Any:
-        if residual is not None and activation != "none":
-            return forward_activated_op(x, weight, bias, residual, dilation, activation, negative_slope)
-        return forward_op(x, weight, bias, residual, dilation, activation, negative_slope)
+    def forward(*args: Any) -> Any:
+        residual, activation = args[3], args[9]
+        residual_after = residual is not None and not args[11]
+        if activation in NEEDS_ARGUMENT or (residual_after and activation != "none"):
+            return saving_op(*args)
+        return forward_op(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, _, _, ctx.dilation, ctx.activation, ctx.negative_slope = inputs
+        x, weight, bias, residual, initial_state, cu_seqlens, lengths, *ctx.options = inputs
         ctx.set_materialize_grads(False)
-        activated = None
+        saved = None
         if isinstance(output, tuple):
-            activated = output[1]
-            ctx.mark_non_differentiable(activated)
-        elif ctx.activation != "none":
-            activated = output
-        ctx.save_for_backward(x, weight, activated)
+            saved = output[1]
+            ctx.mark_non_differentiable(saved)
+        elif inputs[9] != "none":
+            saved = output
+        if not inputs[11]:
+            residual = None  # no derivative depends on one that is added at the end
+        ctx.save_for_backward(x, weight, bias, residual, initial_state, cu_seqlens, lengths, saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_y = grads[0]
+        grad_y, need = grads[0], ctx.needs_input_grad[:5]
         if grad_y is None:
-            return (None,) * 7
-        x, weight, activated = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-        options = (ctx.dilation, ctx.activation, ctx.negative_slope, need_x, need_weight, need_bias)
-        grad_x = grad_weight = grad_bias = None
-        if need_x or need_weight or need_bias:
-            gradients = run_backward(backward_op, grad_y, activated, x, weight, *options)
-            grad_x = gradients[0] if need_x else None
-            grad_weight = gradients[1] if need_weight else None
-            grad_bias = gradients[2] if need_bias else None
-        return grad_x, grad_weight, grad_bias, grad_y if need_residual else None, None, None, None
+            return (None,) * 13
+        *inputs, saved = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforming(grad_y)):
+            gradients = _gradients_by_composition(grad_y, inputs, ctx.options, need)
+        else:
+            gradients = _gradients(grad_y, saved, inputs, ctx.options, need)
+        return (*gradients, *(None,) * 8)
 
 
 class EagerCausalConv1d(torch.autograd.Function):
@@ -101,24 +123,103 @@ class EagerCausalConv1d(torch.autograd.Function):
         return CausalConv1d.backward(ctx, *grads)
 
 
-class FirstDerivativeOnly(torch.autograd.Function):
-    """A backward ``run(*args)``, recorded so that differentiating it raises instead of giving a silent zero."""
+def _gradients(
+    grad_y: Tensor, saved: Tensor | None, inputs: Sequence[Any], options: Sequence[Any], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias, residual and initial_state from the fused kernels."""
+    x, weight, _, _, initial_state, cu_seqlens, lengths = inputs
+    dilation, groups, activation, negative_slope, residual_before_activation, backend = options
+    need_x, need_weight, need_bias, need_residual, need_state = need
+    grad_residual = None
+    if need_residual:
+        grad_residual = grad_y
+        if lengths is not None:
+            grad_residual = grad_y.masked_fill(padding(x, lengths), 0)
+        if residual_before_activation and saved is not None:
+            grad_residual = grad_y = activation_backward(grad_residual, saved, activation, negative_slope)
+            saved, activation = None, "none"
+    if not (need_x or need_weight or need_bias or need_state):
+        return [None, None, None, grad_residual, None]
+    gradients = backward_op(
+        grad_y,
+        saved,
+        x,
+        weight,
+        initial_state,
+        cu_seqlens,
+        lengths,
+        dilation,
+        groups,
+        activation,
+        negative_slope,
+        backend,
+        need_x,
+        need_weight,
+        need_bias,
+        need_state,
+    )
+    return [
+        gradients[0] if need_x else None,
+        gradients[1] if need_weight else None,
+        gradients[2] if need_bias else None,
+        grad_residual,
+        gradients[3] if need_state else None,
+    ]
 
-    @staticmethod
-    def forward(run: Callable[..., Any], *args: Any) -> Any:
-        return tuple(run(*args))
 
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+def activation_backward(grad: Tensor, saved: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """``grad * act'(z)`` in one pass, from act(z), or from z for silu and gelu."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        return aten.threshold_backward(grad, saved, 0.0)  # type: ignore[no-any-return]
+    if activation == "leaky_relu":
+        return aten.leaky_relu_backward(grad, saved, negative_slope, True)  # type: ignore[no-any-return]
+    if activation == "tanh":
+        return aten.tanh_backward(grad, saved)  # type: ignore[no-any-return]
+    if activation == "silu":
+        return aten.silu_backward(grad, saved)  # type: ignore[no-any-return]
+    return aten.gelu_backward(grad, saved)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(UNSUPPORTED.format("double backward"))
+
+def _gradients_by_composition(
+    grad_y: Tensor, inputs: Sequence[Any], options: Sequence[Any], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same, itself differentiable. The residual among ``inputs`` is None if it is added after the activation."""
+    *tensors, cu_seqlens, lengths = inputs
+    grad_after = None
+    if need[3] and tensors[3] is None:
+        grad_after = grad_y if lengths is None else grad_y.masked_fill(padding(grad_y, lengths), 0)
+
+    def compute(*t: Any) -> Tensor:
+        return composed(*t, cu_seqlens, lengths, *options)
+
+    needed = [n and t is not None for n, t in zip(need, tensors, strict=True)]
+    gradients = differentiable_gradients(compute, grad_y, tensors, needed)
+    return [grad_after if i == 3 and grad_after is not None else g for i, g in enumerate(gradients)]
 
 
-def run_backward(run: Callable[..., Any], *args: Any) -> Any:
-    """``run(*args)``, recorded where the backward itself is being recorded."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return apply(FirstDerivativeOnly, run, *args)
-    return run(*args)
+def differentiable_gradients(
+    compute: Callable[..., Tensor | Sequence[Tensor]],
+    grads: Tensor | Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``compute(*tensors)`` that can be differentiated again: it is computed and recorded anew.
+
+    Args:
+        compute: differentiable twice.
+        grads: of its results.
+        tensors: its arguments.
+        needed: which gradients are wanted; the others are None.
+    """
+    with torch.enable_grad():
+        # Views, because one tensor may stand for several arguments.
+        arguments = [t if t is None else t.view_as(t) for t in tensors]
+        results = compute(*arguments)
+        wanted = [t for t, n in zip(arguments, needed, strict=True) if n and t is not None]
+        if not wanted:
+            return [None] * len(tensors)
+        outputs = [results] if isinstance(results, Tensor) else list(results)
+        grad_outputs = [grads] if isinstance(grads, Tensor) else list(grads)
+        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, materialize_grads=True))
+    return [next(found) if n else None for n in needed]

@@ -1,225 +1,159 @@
-"""Operators ``pykernels::causal_conv1d*``: schemas, shapes for tracing, and the CPU implementation.
+"""Operators ``pykernels::causal_conv1d*``: schemas, shapes for tracing, and the choice of the kernels that run them.
 
-Private: :func:`pykernels.causal_conv1d` checks the arguments and adds the derivatives.
-"""
+Private: :func:`pykernels.causal_conv1d` checks the arguments and adds the derivatives. A backend's kernels are a module
+with these two functions:
+
+``forward(x, weight, bias, residual, initial_state, cu_seqlens, lengths, options, save) -> (y, saved)``
+    ``saved``, None unless ``save``: what the backward needs beside y. For silu and gelu it is their argument, for the
+    other activations their value, which is y itself unless a residual was added to it.
+``backward(grad_y, saved, x, weight, initial_state, cu_seqlens, lengths, options, need_x, need_weight, need_bias, need_state)``
+    returns the gradients of x, weight, bias and initial_state; one that is not needed is empty. A residual added before
+    the activation is the caller's affair, who passes the gradient of z and no activation.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels.ops.causal_conv.reference import Options
 
 #: Activation names and their codes in kernels/causal_conv/causal_conv.hpp.
-ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "silu": 4, "gelu": 5}
+
+#: Activations whose derivative follows from their argument only, and not from their value.
+NEEDS_ARGUMENT = frozenset({"silu", "gelu"})
 
 library = torch.library.Library("pykernels", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor? lengths, int dilation, int groups, str activation, float negative_slope, bool residual_before_activation, "
+    "str backend"
+)
+library.define(f"causal_conv1d({_INPUTS}) -> Tensor")
+library.define(f"causal_conv1d_saving({_INPUTS}) -> (Tensor, Tensor)")
 library.define(
-    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int dilation, str activation, "
-    "float negative_slope) -> Tensor"
-)
-library.define(  # also returns act(z), which the backward cannot take from y when a residual was added to it
-    "causal_conv1d_activated(Tensor x, Tensor weight, Tensor? bias, Tensor residual, int dilation, str activation, "
-    "float negative_slope) -> (Tensor, Tensor)"
-)
-library.define(  # a gradient that is not needed is returned empty
-    "causal_conv1d_backward(Tensor grad_y, Tensor? activated, Tensor x, Tensor weight, int dilation, str activation, "
-    "float negative_slope, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+    "causal_conv1d_backward(Tensor grad_y, Tensor? saved, Tensor x, Tensor weight, Tensor? initial_state, "
+    "Tensor? cu_seqlens, Tensor? lengths, int dilation, int groups, str activation, float negative_slope, "
+    "str backend, bool need_x, bool need_weight, bool need_bias, bool need_state) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 forward_op = torch.ops.pykernels.causal_conv1d.default
-forward_activated_op = torch.ops.pykernels.causal_conv1d_activated.default
+saving_op = torch.ops.pykernels.causal_conv1d_saving.default
 backward_op = torch.ops.pykernels.causal_conv1d_backward.default
 
-IS_DOUBLE = {torch.float32: False, torch.float64: True}
-Strides = tuple[int, int, int]
+_kernels: dict[str, Any] = {}
 
 
-def plain(t: Tensor) -> Tensor:
-    return t.resolve_neg() if t.is_neg() else t
+def kernels(backend: str) -> Any:
+    """The module with the kernels of a backend; imported when it is first used, since it may need another package."""
+    module = _kernels.get(backend)
+    if module is None:
+        module = _kernels[backend] = import_module(f"pykernels.ops.causal_conv.{backend}")
+    return module
 
 
-def rows(t: Tensor) -> tuple[Tensor, Strides]:
-    """``t`` with a time stride of 1, and its strides."""
-    t = plain(t)
-    if t.stride(2) != 1:
-        t = t.contiguous()
-    return t, (t.stride(0), t.stride(1), 1)
-
-
-def address(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
-    """The address of ``t``'s data, which must be what the kernel is about to read."""
-    if t.shape != shape or t.dtype != dtype or not t.is_cpu:
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)} and dtype {dtype}, got {tuple(t.shape)} and {t.dtype}; "
-            "call pykernels.causal_conv1d rather than the raw operator"
-        )
-    return t.data_ptr()
-
-
-def _run_forward(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     dilation: int,
+    groups: int,
     activation: str,
     negative_slope: float,
-    activated: Tensor | None,
+    residual_before_activation: bool,
+    backend: str,
 ) -> Tensor:
-    """y, and act(z) into ``activated`` if given."""
-    assert _native.cpu is not None
-    x, weight = plain(x), plain(weight).contiguous()
-    y = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
-    bias_address = residual_address = 0
-    residual_strides: Strides = (0, 0, 1)
-    if bias is not None:
-        bias = plain(bias).contiguous()
-        bias_address = address(bias, weight.shape[:1], x.dtype, "bias")
-    if residual is not None:
-        residual, residual_strides = rows(residual)
-        residual_address = address(residual, y.shape, x.dtype, "residual")
-    _native.cpu.causal_conv1d_forward(
-        IS_DOUBLE[x.dtype],
-        x.shape,
-        weight.shape,
-        dilation,
-        x.data_ptr(),
-        x.stride(),
-        address(weight, weight.shape, x.dtype, "weight"),
-        bias_address,
-        residual_address,
-        residual_strides,
-        y.data_ptr(),
-        0 if activated is None else activated.data_ptr(),
-        (0, 0, 0),
-        ACTIVATIONS[activation],
-        negative_slope,
-        torch.get_num_threads(),
-    )
+    options = Options(dilation, groups, activation, negative_slope, residual_before_activation)
+    y: Tensor = kernels(backend).forward(x, weight, bias, residual, initial_state, cu_seqlens, lengths, options, False)[
+        0
+    ]
     return y
 
 
-def _forward_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    return _run_forward(x, weight, bias, residual, dilation, activation, negative_slope, None)
+def _saving(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, backend = args
+    y, saved = kernels(backend).forward(*tensors[:7], Options(*tensors[7:]), True)
+    return y, saved
 
 
-def _forward_activated_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor]:
-    h = x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
-    return _run_forward(x, weight, bias, residual, dilation, activation, negative_slope, h), h
-
-
-def _gradients_like(
-    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
-    )
-
-
-def _backward_cpu(
+def _backward(
     grad_y: Tensor,
-    activated: Tensor | None,
+    saved: Tensor | None,
     x: Tensor,
     weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     dilation: int,
+    groups: int,
     activation: str,
     negative_slope: float,
+    backend: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert _native.cpu is not None
-    weight, grad_y = plain(weight).contiguous(), plain(grad_y)
-    x, x_strides = rows(x)
-    gradients = _gradients_like(x, weight, need_x, need_weight, need_bias)
-    shape = (x.shape[0], weight.shape[0], x.shape[2])
-    if activated is None and activation != "none":
-        raise ValueError(f"activation {activation!r} needs the activated output")
-    h = grad_y if activated is None else plain(activated)
-    _native.cpu.causal_conv1d_backward(
-        IS_DOUBLE[x.dtype],
-        x.shape,
-        weight.shape,
-        dilation,
-        address(grad_y, shape, x.dtype, "grad_y"),
-        grad_y.stride(),
-        address(h, shape, x.dtype, "activated"),
-        h.stride(),
-        x.data_ptr(),
-        x_strides,
-        address(weight, weight.shape, x.dtype, "weight"),
-        0,
-        (0, 0, 1),
-        gradients[0].data_ptr() if need_x else 0,
-        gradients[1].data_ptr() if need_weight else 0,
-        gradients[2].data_ptr() if need_bias else 0,
-        ACTIVATIONS[activation],
-        negative_slope,
-        torch.get_num_threads(),
+    need_state: bool,
+) -> tuple[Tensor, ...]:
+    if saved is None and activation != "none":
+        raise ValueError(f"activation {activation!r} needs what the forward saved")
+    options = Options(dilation, groups, activation, negative_slope)
+    gradients: tuple[Tensor, ...] = kernels(backend).backward(
+        grad_y,
+        saved,
+        x,
+        weight,
+        initial_state,
+        cu_seqlens,
+        lengths,
+        options,
+        need_x,
+        need_weight,
+        need_bias,
+        need_state,
     )
     return gradients
 
 
-def _forward_fake(
+def empty_gradients(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
+    initial_state: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the gradients of x, weight, bias and initial_state; one that is not needed is empty."""
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+        x.new_empty(initial_state.shape if need_state and initial_state is not None else (0,)),
+    )
+
+
+def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
 
 
-def _forward_activated_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor]:
-    y = _forward_fake(x, weight, bias, residual, dilation, activation, negative_slope)
+def _saving_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    y = _forward_fake(x, weight)
     return y, torch.empty_like(y)
 
 
 def _backward_fake(
-    grad_y: Tensor,
-    activated: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    dilation: int,
-    activation: str,
-    negative_slope: float,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_like(x, weight, need_x, need_weight, need_bias)
+    grad_y: Tensor, saved: Tensor | None, x: Tensor, weight: Tensor, initial_state: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return empty_gradients(x, weight, initial_state, *rest[-4:])
 
 
 def _refuse_gradients(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -239,14 +173,17 @@ def _refuse_gradients(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return guard
 
 
-def implement(op: torch._ops.OpOverload, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register the CPU implementation of a raw operator, its shapes for tracing, and the guard of its gradient."""
+def implement(
+    op: torch._ops.OpOverload, run: Callable[..., Any], fake: Callable[..., Any], *, devices: tuple[str, ...] = ("CPU",)
+) -> None:
+    """Register what runs a raw operator on these devices, its shapes for tracing, and the guard of its gradient."""
     name = op._schema.name
-    library.impl(name, cpu, "CPU")
+    for device in devices:
+        library.impl(name, run, device)
     library.impl(name, _refuse_gradients(op), "Autograd")
     torch.library.register_fake(name, fake, lib=library)
 
 
-implement(forward_op, _forward_cpu, _forward_fake)
-implement(forward_activated_op, _forward_activated_cpu, _forward_activated_fake)
-implement(backward_op, _backward_cpu, _backward_fake)
+implement(forward_op, _forward, _forward_fake, devices=("CPU", "CUDA"))
+implement(saving_op, _saving, _saving_fake, devices=("CPU", "CUDA"))
+implement(backward_op, _backward, _backward_fake, devices=("CPU", "CUDA"))

@@ -8,6 +8,7 @@ one is written, and behind the maximum over time the backward visits only the ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,24 +18,28 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv, reference
-from pykernels.ops.causal_conv.autograd import CausalConv1d, apply, recording_function, run_backward
+from pykernels.ops.causal_conv.autograd import apply, composed, differentiable_gradients, recording, transforming
+from pykernels.ops.causal_conv.autograd import run as run_conv
 from pykernels.ops.causal_conv.check import compare
-from pykernels.ops.causal_conv.op import ACTIVATIONS, IS_DOUBLE, implement, library, plain, rows
+from pykernels.ops.causal_conv.cpu import HALF, IS_DOUBLE, NO_POOL, NO_SEQUENCES, NO_STRIDES, Sequences, plain, rows
+from pykernels.ops.causal_conv.op import ACTIVATIONS, implement, library
 
 _ACTIVATION = "leaky_relu"
 _LEAKY, _NONE = ACTIVATIONS[_ACTIVATION], ACTIVATIONS["none"]
 _FIELDS = 6  # of a BlockWeights
 
 library.define(  # y, or with pool its maximum over time; if save, also what the backward needs
-    "causal_conv_stack(Tensor x, Tensor?[] weights, int[] dilations, float negative_slope, bool pool, bool save) "
-    "-> Tensor[]"
+    "causal_conv_stack(Tensor x, Tensor?[] weights, Tensor? cu_seqlens, Tensor? lengths, int[] dilations, "
+    "float negative_slope, bool pool, bool save) -> Tensor[]"
 )
 library.define(  # the gradients of x and of the weights that are needed
-    "causal_conv_stack_backward(Tensor grad, Tensor x, Tensor?[] weights, Tensor[] saved, int[] dilations, "
-    "float negative_slope, bool pool, bool[] needed) -> Tensor[]"
+    "causal_conv_stack_backward(Tensor grad, Tensor x, Tensor?[] weights, Tensor? cu_seqlens, Tensor? lengths, "
+    "Tensor[] saved, int[] dilations, float negative_slope, bool pool, bool[] needed) -> Tensor[]"
 )
+library.define("sequence_argmax(Tensor x, Tensor cu_seqlens) -> Tensor")
 _forward_op = torch.ops.pykernels.causal_conv_stack.default
 _backward_op = torch.ops.pykernels.causal_conv_stack_backward.default
+_argmax_op = torch.ops.pykernels.sequence_argmax.default
 
 
 class BlockWeights(NamedTuple):
@@ -59,7 +64,10 @@ def causal_conv_stack(
     *,
     negative_slope: float = 0.01,
     pool: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str | None = None,
+    validate: bool | None = None,
 ) -> Tensor:
     """Residual blocks of dilated causal convolutions, one after the other.
 
@@ -72,10 +80,12 @@ def causal_conv_stack(
         negative_slope: of the leaky ReLU, at least 0.
         pool: return the maximum over time. Its gradient belongs to one time per sample and channel, the first that
             reaches the maximum, and the backward of the last block costs accordingly less.
-        backend: see :func:`pykernels.causal_conv1d`, for dtypes, derivatives and errors too.
+        cu_seqlens, lengths: packed sequences, or series that end before T; the maximum is over the samples of each.
+        backend, validate: see :func:`pykernels.causal_conv1d`, for dtypes, derivatives and errors too.
 
     Returns:
-        The output of the last block, shape (B, O, T), or with ``pool`` its maximum, shape (B, O).
+        The output of the last block, shape (B, O, T), or with ``pool`` its maximum, shape (B, O), or (N, O) of N packed
+        sequences.
 
     Raises:
         TypeError, ValueError: as :func:`pykernels.causal_conv1d`; also for ``pool`` of empty series.
@@ -92,10 +102,22 @@ def causal_conv_stack(
     for block, dilation in zip(blocks, dilations, strict=True):
         conv.check_options(dilation, _ACTIVATION, negative_slope)
         channels = _check_block(BlockWeights(*block), channels, x)
-    if pool and x.shape[2] == 0:
+    shortest = x.shape[2]
+    if cu_seqlens is not None:
+        conv.check_offsets(cu_seqlens, x, validate)
+        if lengths is not None:
+            raise ValueError("lengths cannot be combined with cu_seqlens: packed sequences have no padding")
+        if pool and len(cu_seqlens) > 1 and conv.reads_values(cu_seqlens, validate):
+            shortest = int(cu_seqlens.diff().min())
+    if lengths is not None:
+        conv.check_lengths(lengths, x, validate)
+        if pool and len(lengths) > 0 and conv.reads_values(lengths, validate):
+            shortest = int(lengths.min())
+    if pool and shortest == 0:
         raise ValueError("x holds empty series: the maximum over time needs at least one sample")
     weights = [t for block in blocks for t in BlockWeights(*block)]
-    result: Tensor = select(_OPERATOR, backend, x).run(x, weights, list(dilations), negative_slope, pool)
+    implementation = select(_OPERATOR, backend, x)
+    result: Tensor = implementation.run(x, weights, cu_seqlens, lengths, list(dilations), negative_slope, pool)
     return result
 
 
@@ -151,33 +173,70 @@ def _blocks_of(weights: Sequence[Tensor | None]) -> list[BlockWeights]:
 
 def _run_reference(
     x: Tensor,
-    weights: list[Tensor | None],
+    weights: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     dilations: list[int],
     negative_slope: float,
     pool: bool,
     one: Any = reference.causal_conv1d,
 ) -> Tensor:
-    """The definition, with ``one`` as the single convolution."""
+    """The definition, with ``one`` as the single convolution, which takes the arguments of the operator."""
     for block, dilation in zip(_blocks_of(weights), dilations, strict=True):
+        where = (None, cu_seqlens, lengths)
+        options = (dilation, 1, _ACTIVATION, negative_slope, False)
         skip = x
         if block.skip_weight is not None:
-            skip = one(x, block.skip_weight, block.skip_bias, None, 1, "none", negative_slope)
-        x = one(x, block.weight1, block.bias1, None, dilation, _ACTIVATION, negative_slope)
-        x = one(x, block.weight2, block.bias2, skip, dilation, _ACTIVATION, negative_slope)
-    return x.max(2).values if pool else x
+            skip = one(x, block.skip_weight, block.skip_bias, None, *where, 1, 1, "none", negative_slope, False)
+        x = one(x, block.weight1, block.bias1, None, *where, *options)
+        x = one(x, block.weight2, block.bias2, skip, *where, *options)
+    if not pool:
+        return x
+    if cu_seqlens is not None:
+        return x[0].gather(1, _argmax_op(x.detach(), cu_seqlens).T).T
+    if lengths is not None:
+        x = x.masked_fill(reference.padding(x, lengths), -float("inf"))
+    return x.max(2).values
 
 
-def _run_compiled(
-    x: Tensor, weights: list[Tensor | None], dilations: list[int], negative_slope: float, pool: bool
-) -> Tensor:
-    function = recording_function(x, *weights)
-    if torch.compiler.is_compiling() or function is CausalConv1d:  # compiled or transformed convolution by convolution
-        return _run_reference(x, weights, dilations, negative_slope, pool, one=conv.run_compiled)
-    if function is not None:
-        y: Tensor = apply(CausalConvStack, dilations, negative_slope, pool, x, *weights)
+def _sequence_argmax(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Where in x (1, C, total) each sequence has its maximum, the first of equals, shape (N, C)."""
+    ends = cu_seqlens.tolist()
+    times = [x[0, :, begin:end].max(1).indices + begin for begin, end in pairwise(ends)]
+    return torch.stack(times) if times else x.new_empty((0, x.shape[1]), dtype=torch.int64)
+
+
+def _sequence_argmax_fake(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x.new_empty((cu_seqlens.shape[0] - 1, x.shape[1]), dtype=torch.int64)
+
+
+def _sequence_argmax_vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, cu_seqlens: Tensor) -> Any:
+    if in_dims[0] is None or in_dims[1] is not None:
+        raise NotImplementedError("vmap over the offsets of packed sequences is not supported")
+    x = x.movedim(in_dims[0], 0)  # (V, 1, C, total): V C channels side by side
+    times = _argmax_op(x.flatten(0, 2)[None], cu_seqlens)
+    return times.unflatten(1, (x.shape[0], -1)), 1
+
+
+implement(_argmax_op, _sequence_argmax, _sequence_argmax_fake, devices=("CPU", "CUDA"))
+torch.library.register_vmap(_argmax_op, _sequence_argmax_vmap, lib=library)
+
+
+def _run_composed(x: Tensor, weights: Sequence[Tensor | None], *rest: Any, one: Any) -> Tensor:
+    """The same convolution by convolution on the compiled kernels."""
+    return partial(_run_reference, one=lambda *args: one(*args, "cpu"))(x, weights, *rest)
+
+
+def _run_cpu(x: Tensor, weights: list[Tensor | None], *rest: Any) -> Tensor:
+    if torch.compiler.is_compiling() or x.dtype in HALF:
+        return _run_composed(x, weights, *rest, one=run_conv)
+    if transforming(x, *weights):
+        return _run_composed(x, weights, *rest, one=composed)
+    if recording(x, *weights):
+        y: Tensor = apply(CausalConvStack, *rest, x, *weights)
         return y
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = _forward_op(x, weights, dilations, negative_slope, pool, False)[0]
+        result: Tensor = _forward_op(x, weights, *rest, False)[0]
         return result
 
 
@@ -195,9 +254,6 @@ def _bias_address(bias: Tensor | None, channels: int) -> int:
     if bias.numel() != channels:
         raise ValueError(f"a bias must have {channels} elements, got {bias.numel()}")
     return bias.data_ptr()
-
-
-_NO_STRIDES, _NO_POOL = (0, 0, 1), (0, 0, 0)
 
 
 class _Arena:
@@ -237,15 +293,22 @@ class _Arena:
 def _forward_cpu(
     x: Tensor,
     weights: list[Tensor | None],
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     dilations: list[int],
     negative_slope: float,
     pool: bool,
     save: bool,
 ) -> list[Tensor]:
     assert _native.cpu is not None
-    run, is_double, threads = _native.cpu.causal_conv1d_forward, IS_DOUBLE[x.dtype], torch.get_num_threads()
+    run, is_double = _native.cpu.causal_conv1d_forward, IS_DOUBLE[x.dtype]
+    last_arguments = (negative_slope, False, torch.get_num_threads())
     x, x_strides = rows(x)
     batch, channels, length = x.shape
+    record, count = NO_SEQUENCES, batch
+    if cu_seqlens is not None or lengths is not None:
+        sequences = Sequences(cu_seqlens, lengths)
+        record, count = sequences.record, sequences.count
     blocks = _blocks_of(_dense(weights, x))
     # What is not saved takes turns in four places: h1, the skip, and the outputs of this block and the one before.
     place = max(_Arena.size(x, max(b.weight1.shape[0], b.weight2.shape[0])) for b in blocks)
@@ -263,30 +326,32 @@ def _forward_cpu(
         if skip_weight is not None:
             skip = temporary.at(0, out)
             skip_strides = (out * length, length, 1)
-            shapes = (is_double, x_shape, skip_weight.shape, 1, x_address, x_strides, skip_weight.data_ptr())
-            skip_outputs = (skip.data_ptr(), 0, _NO_POOL)
-            run(*shapes, _bias_address(skip_bias, out), 0, _NO_STRIDES, *skip_outputs, _NONE, negative_slope, threads)
+            shapes = (is_double, x_shape, skip_weight.shape, 1, 1, record, x_address, x_strides, skip_weight.data_ptr())
+            skip_inputs = (_bias_address(skip_bias, out), 0, NO_STRIDES, 0, NO_STRIDES)
+            run(*shapes, *skip_inputs, skip.data_ptr(), 0, NO_POOL, _NONE, *last_arguments)
         if skip.shape[1] != out:
             raise ValueError(f"the skip gives {skip.shape[1]} channels, the block {out}")
         h1 = arena.take(hidden) if save else temporary.at(place, hidden)
         h1_address = h1.data_ptr()
-        shapes = (is_double, x_shape, weight1.shape, dilation, x_address, x_strides, weight1.data_ptr())
-        outputs = (h1_address, 0, _NO_POOL)
-        run(*shapes, _bias_address(bias1, hidden), 0, _NO_STRIDES, *outputs, _LEAKY, negative_slope, threads)
+        shapes = (is_double, x_shape, weight1.shape, dilation, 1, record, x_address, x_strides, weight1.data_ptr())
+        first_inputs = (_bias_address(bias1, hidden), 0, NO_STRIDES, 0, NO_STRIDES)
+        run(*shapes, *first_inputs, h1_address, 0, NO_POOL, _LEAKY, *last_arguments)
         shapes = (
             is_double,
             hidden_shape,
             weight2.shape,
             dilation,
+            1,
+            record,
             h1_address,
             (hidden * length, length, 1),
             weight2.data_ptr(),
         )
-        inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides)
+        inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides, 0, NO_STRIDES)
         last = i == len(blocks) - 1
         if pool and last:
-            result = x.new_empty((batch, out))
-            h2, time = x.new_empty((batch, out)), x.new_empty((batch, out), dtype=torch.int64)
+            result = x.new_empty((count, out))
+            h2, time = x.new_empty((count, out)), x.new_empty((count, out), dtype=torch.int64)
             outputs = (0, 0, (result.data_ptr(), time.data_ptr(), h2.data_ptr()))
             pooled = [h2, time]
         else:
@@ -295,9 +360,9 @@ def _forward_cpu(
                 result = x.new_empty((batch, out, length))
             else:
                 result = arena.take(out) if save else temporary.at((2 + i % 2) * place, out)
-            outputs = (result.data_ptr(), h2_address, _NO_POOL)
+            outputs = (result.data_ptr(), h2_address, NO_POOL)
         if result.numel() > 0:
-            run(*shapes, *inputs, *outputs, _LEAKY, negative_slope, threads)
+            run(*shapes, *inputs, *outputs, _LEAKY, *last_arguments)
         x, x_strides, channels = result, (out * length, length, 1), out
     return [result, arena.memory, *pooled] if save else [result]
 
@@ -306,6 +371,8 @@ def _backward_cpu(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor | None],
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     saved: list[Tensor],
     dilations: list[int],
     negative_slope: float,
@@ -326,7 +393,7 @@ def _backward_cpu(
     # Gradients of h1 in one place, of the blocks' inputs in turns in two others.
     place = max(_Arena.size(x, max(b.weight1.shape[:2])) for b in blocks)
     temporary = _Arena(x, 3 * place)
-    launch = _Launch(x, negative_slope)
+    launch = _Launch(x, cu_seqlens, lengths, negative_slope)
     gradients: list[Tensor] = []  # of the weights, from the last block to the first
     for i in reversed(range(len(blocks))):
         block, dilation, x_i = blocks[i], dilations[i], inputs[i]
@@ -345,7 +412,7 @@ def _backward_cpu(
             if block.skip_weight is not None:
                 skip = launch.backward_at(grad, saved[2], x_i, block.skip_weight, 1, grad_x, *need[4:6])
             elif grad_x is not None:
-                grad_x.zero_().scatter_(2, saved[2][..., None], grad[..., None])
+                launch.scatter(grad_x, saved[2], grad)
             addend = grad_x
         else:
             second = launch.backward(grad, h2, h1, block.weight2, dilation, None, grad_h1, *need[2:4])
@@ -373,16 +440,29 @@ def _select(values: Sequence[Any], arguments: Sequence[Tensor | None], needed: l
 class _Launch:
     """Calls of the backward kernels with what they have in common. Tensors (B, C, T) that are not x are contiguous."""
 
-    def __init__(self, x: Tensor, negative_slope: float) -> None:
+    def __init__(self, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, negative_slope: float) -> None:
         assert _native.cpu is not None
         self.cpu = _native.cpu
         self.batch, _, self.length = x.shape
+        self.sequences: Sequences | None = None
+        self.record, self.count = NO_SEQUENCES, self.batch
+        if cu_seqlens is not None or lengths is not None:
+            self.sequences = Sequences(cu_seqlens, lengths)
+            self.record, self.count = self.sequences.record, self.sequences.count
         self.is_double, self.threads = IS_DOUBLE[x.dtype], torch.get_num_threads()
         self.negative_slope = negative_slope
         self.empty = x.new_empty(0)
 
+    def scatter(self, out: Tensor, time: Tensor, values: Tensor) -> None:
+        """``out`` (B, C, T) becomes zero but for ``values`` (N, C) at ``time`` (N, C) in their sequences."""
+        if self.sequences is None or self.sequences.offsets is None:
+            out.zero_().scatter_(2, time[..., None], values[..., None])
+        else:
+            begin = self.sequences.offsets[:-1, None]
+            out.zero_()[0].scatter_(1, (time + begin).T, values.T)
+
     def _check(self, t: Tensor, channels: int, dims: int) -> Tensor:
-        shape = (self.batch, channels, self.length)[:dims]
+        shape = (self.batch, channels, self.length) if dims == 3 else (self.count, channels)
         if t.shape != shape or t.dtype != self.empty.dtype or not t.is_cpu:
             raise ValueError(f"a saved tensor or gradient must have shape {shape}, got {tuple(t.shape)}, {t.dtype}")
         return t
@@ -407,7 +487,7 @@ class _Launch:
         x, x_strides = rows(self._check(x, channels, 3))
         grad_y, grad_strides = rows(self._check(grad_y, out_channels, 3))
         h, h_strides = (grad_y, grad_strides) if h is None else rows(self._check(h, out_channels, 3))
-        addend_address, addend_strides = 0, _NO_STRIDES
+        addend_address, addend_strides = 0, NO_STRIDES
         if addend is not None:
             addend, addend_strides = rows(self._check(addend, channels, 3))
             addend_address = addend.data_ptr()
@@ -418,6 +498,8 @@ class _Launch:
             x.shape,
             weight.shape,
             dilation,
+            1,
+            self.record,
             grad_y.data_ptr(),
             grad_strides,
             h.data_ptr(),
@@ -460,6 +542,7 @@ class _Launch:
                 x.shape,
                 weight.shape,
                 dilation,
+                self.record,
                 dz.data_ptr(),
                 time.data_ptr(),
                 x.data_ptr(),
@@ -475,6 +558,8 @@ class _Launch:
 def _forward_fake(
     x: Tensor,
     weights: list[Tensor | None],
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     dilations: list[int],
     negative_slope: float,
     pool: bool,
@@ -482,7 +567,8 @@ def _forward_fake(
 ) -> list[Tensor]:
     blocks = _blocks_of(weights)
     out = blocks[-1].weight2.shape[0]
-    result = x.new_empty((x.shape[0], out) if pool else (x.shape[0], out, x.shape[2]))
+    count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    result = x.new_empty((count, out) if pool else (x.shape[0], out, x.shape[2]))
     if not save:
         return [result]
     pooled = [torch.empty_like(result), torch.empty_like(result, dtype=torch.int64)] if pool else []
@@ -493,6 +579,8 @@ def _backward_fake(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor | None],
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     saved: list[Tensor],
     dilations: list[int],
     negative_slope: float,
@@ -510,23 +598,37 @@ class CausalConvStack(torch.autograd.Function):
     """Eager recording of a stack; what is transformed or compiled records its convolutions one by one."""
 
     @staticmethod
-    def forward(ctx: Any, dilations: list[int], negative_slope: float, pool: bool, x: Tensor, *weights: Any) -> Any:
-        y, *saved = _forward_op(x, weights, dilations, negative_slope, pool, True)
+    def forward(
+        ctx: Any,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+        dilations: list[int],
+        negative_slope: float,
+        pool: bool,
+        x: Tensor,
+        *weights: Any,
+    ) -> Any:
+        y, *saved = _forward_op(x, weights, cu_seqlens, lengths, dilations, negative_slope, pool, True)
         ctx.options = (dilations, negative_slope, pool)
-        ctx.save_for_backward(x, *weights, *saved)
+        ctx.save_for_backward(x, *weights, cu_seqlens, lengths, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        needed = list(ctx.needs_input_grad[3:])
-        args = (ctx.options, needed, grad, *ctx.saved_tensors)
-        gradients = iter(run_backward(_run_backward, *args))
-        return (None, None, None, *(next(gradients) if need else None for need in needed))
+        needed = list(ctx.needs_input_grad[5:])
+        count = len(needed)
+        tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count + 2 :]
+        where = ctx.saved_tensors[count : count + 2]
+        if torch.is_grad_enabled() or transforming(grad):
 
+            def compute(x: Tensor, *weights: Any) -> Tensor:
+                return _run_composed(x, weights, *where, *ctx.options, one=composed)
 
-def _run_backward(options: tuple[Any, ...], needed: list[bool], grad: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    count = len(needed)
-    return tuple(_backward_op(grad, tensors[0], tensors[1:count], tensors[count:], *options, needed))
+            gradients: Any = differentiable_gradients(compute, grad, tensors, needed)
+        else:
+            found = iter(_backward_op(grad, tensors[0], tensors[1:], *where, saved, *ctx.options, needed))
+            gradients = (next(found) if need else None for need in needed)
+        return (*(None,) * 5, *gradients)
 
 
 def _can_run(x: Tensor, *rest: Any) -> Answer:
@@ -545,7 +647,7 @@ def _check(backend: str) -> Check:
         return [BlockWeights(*t[1:7]), BlockWeights(*t[7:11]), BlockWeights(*t[11:17])]
 
     return compare(
-        lambda *t: _run_reference(t[0], [w for b in blocks(t) for w in b], dilations, 0.01, True),
+        lambda *t: _run_reference(t[0], [w for b in blocks(t) for w in b], None, None, dilations, 0.01, True),
         lambda *t: causal_conv_stack(t[0], blocks(t), dilations, pool=True, backend=backend),
         tensors,
     )
@@ -555,7 +657,7 @@ _OPERATOR = register(
     Operator(
         name="causal_conv_stack",
         implementations={
-            "cpu": Implementation(_run_compiled, _can_run, conv.cpu_available),
+            "cpu": Implementation(_run_cpu, _can_run, conv.cpu_available),
             "reference": Implementation(_run_reference, lambda *args: YES, lambda: YES),
         },
         check=_check,

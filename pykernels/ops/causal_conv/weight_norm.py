@@ -11,9 +11,10 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv
-from pykernels.ops.causal_conv.autograd import CausalConv1d, apply, recording_function, run_backward
+from pykernels.ops.causal_conv.autograd import apply, differentiable_gradients, recording, transforming
 from pykernels.ops.causal_conv.check import compare
-from pykernels.ops.causal_conv.op import IS_DOUBLE, address, implement, library, plain
+from pykernels.ops.causal_conv.cpu import HALF, IS_DOUBLE, address, plain
+from pykernels.ops.causal_conv.op import implement, library
 
 library.define("weight_norm(Tensor[] v, Tensor[] g) -> Tensor[]")
 # Gradients of every v, then of every g.
@@ -61,15 +62,13 @@ def _run_reference(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
 
 
 def _run_compiled(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    if torch.compiler.is_compiling():  # fused by the compiler as well as by hand
+    # Compilers fuse it as well as a kernel does.
+    if torch.compiler.is_compiling() or v[0].dtype in HALF or transforming(*v, *g):
         return _run_reference(v, g)
-    function = recording_function(*v, *g)
-    if function is None:
-        with torch._C._AutoDispatchBelowAutograd():
-            return list(_forward_op(v, g))
-    if function is CausalConv1d:
-        return _run_reference(v, g)
-    return list(apply(WeightNorm, len(v), *v, *g))
+    if recording(*v, *g):
+        return list(apply(WeightNorm, len(v), *v, *g))
+    with torch._C._AutoDispatchBelowAutograd():
+        return list(_forward_op(v, g))
 
 
 def _forward_cpu(v: list[Tensor], g: list[Tensor]) -> list[Tensor]:
@@ -140,12 +139,14 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_w: Tensor) -> Any:
-        return None, *run_backward(_run_backward, ctx.count, *grad_w, *ctx.saved_tensors)
+        count, tensors = ctx.count, ctx.saved_tensors
+        if not (torch.is_grad_enabled() or transforming(*grad_w)):
+            return None, *_backward_op(list(grad_w), list(tensors[:count]), list(tensors[count:]))
 
+        def compute(*t: Tensor) -> list[Tensor]:
+            return _run_reference(list(t[:count]), list(t[count:]))
 
-def _run_backward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    grad_w, v, g = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
-    return tuple(_backward_op(grad_w, v, g))
+        return None, *differentiable_gradients(compute, grad_w, tensors, ctx.needs_input_grad[1:])
 
 
 def _can_run(v: list[Tensor], g: list[Tensor]) -> Answer:

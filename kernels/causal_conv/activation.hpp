@@ -1,0 +1,56 @@
+// Activations and their derivatives on vectors. For kernel units.
+#pragma once
+
+#include "causal_conv/causal_conv.hpp"
+#include "common/arrays.hpp"
+#include "common/math.hpp"
+#include "common/simd.hpp"
+
+PK_ISA_BEGIN
+
+template <class T>
+PK_INLINE Vec<T> silu(Vec<T> z) {
+    return z * sigmoid(z);
+}
+
+// Phi(z), the normal distribution function; gelu(z) = z Phi(z).
+template <class T>
+PK_INLINE Vec<T> normal_cdf(Vec<T> z) {
+    return Vec<T>(T(0.5)) + Vec<T>(T(0.5)) * erf(z * Vec<T>(T(0.70710678118654752440)));
+}
+
+// tanh, silu and gelu. Not inlined: as often as a register tile is finished, they may not take its registers from the
+// loops before them. `count` is a multiple of the lanes.
+template <class T>
+__attribute__((noinline)) void activate_in_place(T* values, Index count, Activation activation) {
+    for (Index i = 0; i < count; i += Vec<T>::lanes) {
+        const Vec<T> z = Vec<T>::load(values + i);
+        const Vec<T> y = activation == Activation::tanh   ? tanh(z)
+                         : activation == Activation::silu ? silu(z)
+                                                          : z * normal_cdf(z);
+        y.store(values + i);
+    }
+}
+
+// grad * act'(z) from h = act(z), whose sign is that of z because slopes are not negative; for silu and gelu from z.
+template <class T>
+PK_INLINE Vec<T> activate_backward(Vec<T> grad, Vec<T> saved, Activation activation, Vec<T> slope) {
+    const Vec<T> zero(T(0)), one(T(1));
+    switch (activation) {
+        case Activation::relu: return select_le(saved, zero, zero, grad);
+        case Activation::leaky_relu: return select_le(saved, zero, slope * grad, grad);
+        case Activation::tanh: return grad * (one - saved * saved);
+        case Activation::silu: {
+            const Vec<T> s = sigmoid(saved);
+            return grad * (s + saved * s * (one - s));
+        }
+        case Activation::gelu: {
+            const Vec<T> density = exp(saved * saved * Vec<T>(T(-0.5))) * Vec<T>(T(0.39894228040143267794));
+            return grad * (normal_cdf(saved) + saved * density);
+        }
+        case Activation::none: break;
+    }
+    return grad;
+}
+
+PK_ISA_END
