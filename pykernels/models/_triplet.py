@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykernels._errors import InputError
+from pykernels.models._lstm import LSTMEncoder
 from pykernels.models._plain import PlainCausalCNNEncoder
 from pykernels.nn import CausalCNNEncoder
 
 Indices: TypeAlias = npt.NDArray[np.int64]
-Encoder: TypeAlias = CausalCNNEncoder | PlainCausalCNNEncoder
+Encoder: TypeAlias = CausalCNNEncoder | PlainCausalCNNEncoder | LSTMEncoder
 # What an encoder gets: series (B, C, T) and None, or packed series (1, C, total) and their B + 1 offsets.
 Inputs: TypeAlias = tuple[Tensor, Tensor | None]
+
+Made = TypeVar("Made")
 
 ENCODING_BATCH = 50
 ENCODING_SAMPLES = 200_000
@@ -218,7 +221,7 @@ def window_loss(encoder: Encoder, series: Tensor, batch: Indices, windows: Windo
 
 def ragged_window_loss(encoder: Encoder, series: Ragged, windows: RaggedWindows) -> Tensor:
     """The triplet loss of one batch of ragged series: all (K + 2) B windows go through the encoder in one call."""
-    features = _features(encoder, series.cut(*(part.ravel() for part in windows)))
+    features = encode_inputs(encoder, series.cut(*(part.ravel() for part in windows)))
     features = features.view(*windows.series.shape, -1)
     return triplet_loss(features[0], features[1], features[2:])
 
@@ -238,19 +241,20 @@ def backward_per_term(encoder: Encoder, cut: Callable[[int], Inputs], n_negative
         The loss.
     """
     with torch.no_grad():
-        anchor = _features(encoder, cut(0))
+        anchor = encode_inputs(encoder, cut(0))
     anchor.requires_grad_()
     loss = 0.0
     for row in range(1, n_negatives + 2):
-        similarity = (anchor * _features(encoder, cut(row))).sum(-1)
+        similarity = (anchor * encode_inputs(encoder, cut(row))).sum(-1)
         term = -F.logsigmoid(similarity if row == 1 else -similarity).mean() / (1 if row == 1 else n_negatives)
         term.backward()
         loss += term.item()
-    _features(encoder, cut(0)).backward(anchor.grad)
+    encode_inputs(encoder, cut(0)).backward(anchor.grad)
     return loss
 
 
-def _features(encoder: Encoder, inputs: Inputs) -> Tensor:
+def encode_inputs(encoder: Encoder, inputs: Inputs) -> Tensor:
+    """Features (B, F)."""
     x, cu_seqlens = inputs
     features: Tensor = encoder(x) if cu_seqlens is None else encoder(x, cu_seqlens=cu_seqlens)
     return features
@@ -276,9 +280,14 @@ def new_encoder(in_channels: int, seed: int, **options: Any) -> CausalCNNEncoder
 
     PyTorch's global random numbers stay as they were.
     """
+    return seeded(CausalCNNEncoder, in_channels, seed, **options)
+
+
+def seeded(kind: Callable[..., Made], in_channels: int, seed: int, **options: Any) -> Made:
+    """As :func:`new_encoder`, for any kind of encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return CausalCNNEncoder(in_channels, **options)
+        return kind(in_channels, **options)
 
 
 def published_steps(n_negatives: int) -> int:
@@ -511,7 +520,7 @@ def encode(encoder: Encoder, series: SeriesSet) -> Tensor:
     """Features (N, F) of the series, without gradients, a few at a time to bound the memory."""
     with torch.inference_mode(), encoder.folded():
         if isinstance(series, Ragged):
-            return torch.cat([_features(encoder, series.take(part)) for part in _parts(series.lengths)])
+            return torch.cat([encode_inputs(encoder, series.take(part)) for part in _parts(series.lengths)])
         return torch.cat([encoder(part) for part in torch.split(series, ENCODING_BATCH)])
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pykernels._errors import InputError, MissingExtraError, require
+from pykernels.models._lstm import LSTMEncoder
 from pykernels.models._triplet import (
     Encoder,
     EncoderTraining,
@@ -43,17 +44,18 @@ from pykernels.models._triplet import (
     ragged_window_loss,
     sample_ragged_windows,
     sample_windows,
+    seeded,
     shuffled_batches,
     train_encoder,
     triplet_loss,
     window_loss,
 )
-from pykernels.nn import CausalCNNEncoder
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV, train_test_split
+    from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
     from sklearn.utils import assert_all_finite, check_random_state, column_or_1d
     from sklearn.utils.multiclass import check_classification_targets
@@ -67,6 +69,7 @@ __all__ = [
     "Encoder",
     "EncoderTraining",
     "Indices",
+    "LSTMEncoder",
     "Ragged",
     "RaggedWindows",
     "SeriesSet",
@@ -74,6 +77,7 @@ __all__ = [
     "USRLTransformer",
     "Windows",
     "encode",
+    "fit_nearest_neighbour",
     "fit_svm",
     "n_channels",
     "new_encoder",
@@ -124,6 +128,7 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
     search = GridSearchCV(svm, {"C": SVM_PENALTIES}, cv=5, refit=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a candidate that does not converge is judged by its score
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # the rule looks at the average
         search.fit(features, labels)
     best = _first_best(search.cv_results_["mean_test_score"])
     return svm.set_params(C=SVM_PENALTIES[best]).fit(features, labels)
@@ -132,6 +137,11 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
 def new_svm(penalty: float) -> SVC:
     """The published classifier before it is fitted, with this penalty C."""
     return SVC(C=penalty, gamma="scale", max_iter=SVM_MAX_ITERATIONS)
+
+
+def fit_nearest_neighbour(features: Features, labels: npt.NDArray[Any]) -> KNeighborsClassifier:
+    """Fit the published alternative to the SVM: the label of the nearest case, by Euclidean distance."""
+    return KNeighborsClassifier(n_neighbors=1).fit(features, labels)
 
 
 def _first_best(scores: npt.NDArray[np.float64]) -> int:
@@ -150,11 +160,13 @@ class _USRL(BaseEstimator):  # type: ignore[misc]
         n_steps: int | None = None,
         batch_size: int = 10,
         learning_rate: float = 1e-3,
+        encoder: str = "cnn",
         channels: int = 40,
         depth: int = 10,
         reduced_size: int = 160,
         out_channels: int = 320,
         kernel_size: int = 3,
+        hidden_size: int = 256,
         dtype: str = "float32",
         random_state: int | np.random.RandomState | None = None,
         backend: str | None = None,
@@ -165,11 +177,13 @@ class _USRL(BaseEstimator):  # type: ignore[misc]
         self.n_steps = n_steps
         self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.encoder = encoder
         self.channels = channels
         self.depth = depth
         self.reduced_size = reduced_size
         self.out_channels = out_channels
         self.kernel_size = kernel_size
+        self.hidden_size = hidden_size
         self.dtype = dtype
         self.random_state = random_state
         self.backend = backend
@@ -217,7 +231,11 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
         n_negatives: K, negatives per series and step: one number, or several to concatenate their features.
         n_steps: training steps of each encoder; None for the published rule, 2000 from K = 10 on, else 1500.
         batch_size, learning_rate: of the training by Adam.
-        channels, depth, reduced_size, out_channels, kernel_size: of :class:`pykernels.nn.CausalCNNEncoder`.
+        encoder: ``"cnn"``, or ``"lstm"`` for the :class:`LSTMEncoder` that the method is compared with (published with
+            K = 5 and 160 ``out_channels``).
+        channels, depth, reduced_size, kernel_size: of :class:`pykernels.nn.CausalCNNEncoder`.
+        hidden_size: of the LSTM.
+        out_channels: features of each encoder.
         dtype: ``"float32"`` or ``"float64"``, of the encoders and the features.
         random_state: seed of the first weights, the order of the series and the windows.
         backend: see :func:`pykernels.causal_conv1d`.
@@ -322,18 +340,23 @@ class USRLTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _USRL):
     def _n_features_out(self) -> int:
         return sum(encoder.linear.out_features for encoder in self.encoders_)
 
-    def _encoder(self, in_channels: int, seed: int) -> CausalCNNEncoder:
-        return new_encoder(
-            in_channels,
-            seed,
-            channels=self.channels,
-            depth=self.depth,
-            reduced_size=self.reduced_size,
-            out_channels=self.out_channels,
-            kernel_size=self.kernel_size,
-            backend=self.backend,
-            dtype=getattr(torch, self.dtype),
-        ).to(self.device)
+    def _encoder(self, in_channels: int, seed: int) -> Encoder:
+        common = {"out_channels": self.out_channels, "dtype": getattr(torch, self.dtype)}
+        encoder: Encoder
+        if self.encoder == "lstm":
+            encoder = seeded(LSTMEncoder, in_channels, seed, hidden_size=self.hidden_size, **common)
+        else:
+            encoder = new_encoder(
+                in_channels,
+                seed,
+                channels=self.channels,
+                depth=self.depth,
+                reduced_size=self.reduced_size,
+                kernel_size=self.kernel_size,
+                backend=self.backend,
+                **common,
+            )
+        return encoder.to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Modules with normalised weights cannot be pickled, only their state_dict.
@@ -437,13 +460,24 @@ def _check_parameters(estimator: _USRL) -> tuple[tuple[int, ...], torch.dtype]:
     values = tuple(negatives) if isinstance(negatives, (tuple, list, np.ndarray)) else (negatives,)
     if not values or not all(_is_count(value) for value in values):
         raise InputError(f"n_negatives must be a positive integer or several of them, got {negatives!r}")
-    for name in ("batch_size", "channels", "depth", "reduced_size", "out_channels", "kernel_size", "n_steps"):
+    for name in (
+        "batch_size",
+        "channels",
+        "depth",
+        "reduced_size",
+        "out_channels",
+        "kernel_size",
+        "hidden_size",
+        "n_steps",
+    ):
         value = getattr(estimator, name)
         if not (_is_count(value) or (name == "n_steps" and value is None)):
             raise InputError(f"{name} must be a positive integer{' or None' * (name == 'n_steps')}, got {value!r}")
     rate: object = estimator.learning_rate
     if not isinstance(rate, (int, float, np.floating)) or not 0 < rate < float("inf"):
         raise InputError(f"learning_rate must be a positive number, got {rate!r}")
+    if estimator.encoder not in ("cnn", "lstm"):
+        raise InputError(f"encoder must be 'cnn' or 'lstm', got {estimator.encoder!r}")
     if estimator.dtype not in ("float32", "float64"):
         raise InputError(f"dtype must be 'float32' or 'float64', got {estimator.dtype!r}")
     _check_device(estimator.device)

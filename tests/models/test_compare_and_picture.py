@@ -8,6 +8,7 @@ pytest.importorskip("sklearn")
 import pykernels.models._compare as compare
 from pykernels.data import Dataset
 from pykernels.models._picture import check_format, features_picture
+from pykernels.models._triplet import Ragged
 
 
 def test_step_times(monkeypatch):
@@ -27,14 +28,23 @@ def test_step_times(monkeypatch):
     assert threads[-1] == 2
 
 
+def test_step_times_of_ragged_series():
+    series = Ragged.of([torch.randn((2, n)) for n in (3, 20, 11, 7, 5)])
+    times = compare.compare_step_times(series, 3, batch_size=4, steps=2)
+    assert 0 < times.seconds < 60
+    assert 0 < times.plain_seconds < 60
+    assert 0 <= times.output_error < 1e-5
+
+
 def test_encoders_that_disagree_are_not_timed(monkeypatch):
     class Wrong(compare.PlainCausalCNNEncoder):
-        def forward(self, x):
-            return super().forward(x) * 1.001
+        def forward(self, x, **options):
+            return super().forward(x, **options) * 1.001
 
     monkeypatch.setattr(compare, "PlainCausalCNNEncoder", Wrong)
-    with pytest.raises(RuntimeError, match=r"differ by 1\.0e-03"):
-        compare.compare_step_times(torch.ones((3, 1, 9)), 1, steps=1)
+    for series in (torch.ones((3, 1, 9)), Ragged.of([torch.ones((1, 9)), torch.ones((1, 3))])):
+        with pytest.raises(RuntimeError, match=r"differ by 1\.0e-03"):
+            compare.compare_step_times(series, 1, steps=1)
 
 
 def data_set(n_classes, channels=1, ragged=False):

@@ -8,7 +8,6 @@ import pytest
 
 import pykernels.data.ucr as ucr
 from pykernels.data import available, load, normalised, read_series
-from pykernels.models.published import published_accuracy
 
 
 @pytest.fixture
@@ -200,31 +199,3 @@ def test_a_folder_that_is_not_there(tmp_path):
         load("GunPoint", tmp_path / "no")
     with pytest.raises(ValueError, match="it has none"):
         load("GunPoint", tmp_path)
-
-
-def test_published_figures():
-    assert published_accuracy("GunPoint", "ours_K5") == 0.987
-    assert published_accuracy("GunPoint", "ours_combined") == 0.993
-    assert published_accuracy("BasicMotions", "ours_K20", "uea") == 1.0
-    assert published_accuracy("Phoneme", "ours_K5") == 0.249
-    assert published_accuracy("Phoneme", "ours_K5", "uea") == 0.216
-    assert published_accuracy("GunPoint", "TimeNet") is None
-    assert published_accuracy("GunPoint", "ours_K20") is None
-    assert published_accuracy("GunPoint", "ours_K5", "uea") is None
-    assert published_accuracy("MyOwn", "ours_K5") is None
-    with pytest.raises(ValueError, match="archive must be one of ucr, uea; got 'ucsd'"):
-        published_accuracy("GunPoint", "ours_K5", "ucsd")
-    for column in ("ours_K3", "note", "dataset"):
-        with pytest.raises(ValueError, match=r"column must be one of .*ours_K5"):
-            published_accuracy("GunPoint", column)
-
-
-def test_published_means_are_those_derived_from_the_tables():
-    folder = Path(ucr.__file__).parents[1] / "models" / "published"
-    means = {}
-    for name, column in (("ucr", "ours_combined"), ("uea", "ours_combined")):
-        with (folder / f"usrl_{name}.csv").open() as file:
-            names = [row["dataset"] for row in csv.DictReader(file)]
-        means[name] = len(names), np.mean([published_accuracy(n, column, name) for n in names])
-    assert means["ucr"] == (125, pytest.approx(0.820, abs=1e-3))
-    assert means["uea"] == (30, pytest.approx(0.669, abs=1e-3))
