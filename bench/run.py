@@ -54,7 +54,7 @@ def verdict(
     moved: int = 0,
     copy: float = 0.0,
 ) -> dict[str, Any]:
-    """Speed against the fastest of the others that were checked, and against the machine's measured limit, if one is given.
+    """Speed against the fastest of the others that were checked, and against the measured limit, if one is given.
 
     Args:
         flops, peak: of the work, and of a GEMM per second.

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from pykernels import nn
+from pykernels import export, nn
 from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
@@ -19,6 +19,7 @@ __all__ = [
     "cpu_capabilities",
     "cpu_capability",
     "explain",
+    "export",
     "nn",
     "set_cpu_capability",
 ]

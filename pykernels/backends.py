@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 #: Every backend, in the order in which the automatic choice tries them.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 class Answer(NamedTuple):
@@ -178,6 +178,12 @@ def backend(name: str | None) -> Iterator[None]:
         _state.requested = previous
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` is tracing the call (always False before torch 2.7, which cannot tell)."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return ask is not None and bool(ask())
+
+
 def select(operator: Operator, requested: str | None, *args: Any) -> Implementation:
     """The implementation that runs ``operator`` on ``args``.
 
@@ -186,6 +192,8 @@ def select(operator: Operator, requested: str | None, *args: Any) -> Implementat
         RuntimeError: if a backend asked for by name cannot run the call, with its reason.
     """
     name = requested or _state.requested
+    if name is None and exporting() and "reference" in operator.implementations:
+        return operator.implementations["reference"]  # what is exported should run without this package
     if name is None:
         first_reason = ""
         for candidate, implementation in operator.implementations.items():

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUM_PYTHON = (3, 11)
-EXTRAS = ("models", "data", "plot")
+EXTRAS = ("models", "data", "plot", "triton")
 GROUPS = {"demo": (), "bench": ("test",), "test": ("test",), "docs": ("docs",), "lint": ("lint",)}
 # scikit-build-core asks for these under build isolation only. Without isolation a rebuild works offline.
 BUILD_PROGRAMS = ("cmake>=3.18", "ninja")

@@ -134,13 +134,11 @@ def _gradients(
     dilation, groups, activation, negative_slope, residual_before_activation, backend = options
     need_x, need_weight, need_bias, need_residual, need_state = need
     grad_residual = None
-    if need_residual:
-        grad_residual = grad_y
-        if lengths is not None:
-            grad_residual = grad_y.masked_fill(padding(x, lengths), 0)
-        if residual_before_activation and saved is not None:
-            grad_residual = grad_y = activation_backward(grad_residual, saved, activation, negative_slope, backend)
-            saved, activation = None, "none"
+    if need_residual and residual_before_activation and saved is not None:
+        grad_residual = grad_y = _activation_backward(grad_y, saved, lengths, activation, negative_slope, backend)
+        saved, activation = None, "none"
+    elif need_residual:
+        grad_residual = grad_y if lengths is None else grad_y.masked_fill(padding(x, lengths), 0)
     if not (need_x or need_weight or need_bias or need_state):
         return [None, None, None, grad_residual, None]
     gradients = backward_op(
@@ -170,16 +168,18 @@ def _gradients(
     ]
 
 
-def activation_backward(grad: Tensor, saved: Tensor, activation: str, negative_slope: float, backend: str) -> Tensor:
-    """``grad * act'(z)`` in one pass, from act(z), or from z for silu and gelu.
+def _activation_backward(
+    grad: Tensor, saved: Tensor, lengths: Tensor | None, activation: str, negative_slope: float, backend: str
+) -> Tensor:
+    """``grad * act'(z)`` as the fused kernels compute it: the input gradient of a convolution that only activates.
 
-    As the gradient of a convolution with weights of one: PyTorch's own functions give other bits at the end of a tensor
-    than inside it, and those of a sample would depend on its place in the batch.
+    PyTorch's elementwise operations would not do: their last bits depend on where in memory an element lies.
     """
-    channels = grad.shape[1]
-    ones = grad.new_ones((channels, 1, 1))
-    where = (None, None, None, 1, channels, activation, negative_slope, backend)
-    return backward_op(grad, saved, saved, ones, *where, True, False, False, False)[0]  # type: ignore[no-any-return]
+    channels = saved.shape[1]
+    ones, nothing = saved.new_ones(channels, 1, 1), (None, None, lengths)
+    options = (1, channels, activation, negative_slope, backend)
+    dz: Tensor = backward_op(grad, saved, saved, ones, *nothing, *options, True, False, False, False)[0]
+    return dz
 
 
 def _gradients_by_composition(

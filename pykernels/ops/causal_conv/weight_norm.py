@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops.causal_conv import conv, cost
 from pykernels.ops.causal_conv.autograd import apply, differentiable_gradients, recording, transforming
@@ -165,6 +165,7 @@ def _check(backend: str) -> Check:
         lambda *t: flat(_run_reference([*t[:2]], [*t[2:]])),
         lambda *t: flat(weight_norm(t[:2], t[2:], backend=backend)),
         tensors,
+        backend,
     )
 
 
@@ -173,6 +174,8 @@ _OPERATOR = register(
         name="weight_norm",
         implementations={
             "cpu": Implementation(_run_compiled, _can_run, conv.cpu_available),
+            # A few elementwise operations on small tensors: nothing for a kernel of its own to gain on a GPU.
+            "triton": Implementation(_run_reference, lambda v, g: _triton.can_run(v[0]), _triton.available),
             "reference": Implementation(_run_reference, lambda v, g: YES, lambda: YES),
         },
         check=_check,
