@@ -91,7 +91,7 @@ ax.legend(frameon=False)
 # %%
 # Saving and loading
 # ------------------
-# A fitted pipeline pickles, also with joblib. Load such files from sources that you trust only: unpickling runs code.
+# The transformer writes its encoders to a safetensors file, and nothing in such a file is executed when it is read.
 
 import tempfile
 from pathlib import Path
@@ -99,9 +99,18 @@ from pathlib import Path
 import joblib
 
 with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "motions.joblib"
+    path = Path(folder) / "encoder.safetensors"
+    pipeline[0].save(path)
+    loaded = USRLTransformer.load(path)
+    print(f"encoder: {path.stat().st_size / 1024:.0f} KiB")
+np.testing.assert_array_equal(loaded.transform(motions.X_test), pipeline[0].transform(motions.X_test))
+
+# %%
+# A whole pipeline pickles, also with joblib. Load such files from sources that you trust only: unpickling runs code.
+
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "pipeline.joblib"
     joblib.dump(pipeline, path)
     loaded = joblib.load(path)
-    print(f"{path.stat().st_size / 1024:.0f} KiB")
-
+    print(f"pipeline: {path.stat().st_size / 1024:.0f} KiB")
 np.testing.assert_array_equal(loaded.predict_proba(motions.X_test), pipeline.predict_proba(motions.X_test))
