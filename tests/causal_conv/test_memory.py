@@ -112,7 +112,8 @@ def test_expanded_in_every_mode(groups, capability):
     for function in (define(mode), lambda *t: causal_conv1d(*t[:3], residual=t[3], initial_state=t[4], backend="cpu",
                                                             **mode.options())):  # fmt: skip
         y = function(x, weight, weight[:, 0, 0], x, x[:, :, 20:28])
-        outcomes.append(dict(zip(("y", "x", "weight"), (y.detach(), *torch.autograd.grad(y, (x, weight), grad)))))
+        grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+        outcomes.append({"y": y.detach(), "x": grad_x, "weight": grad_weight})
     assert_agree(*reversed(outcomes))
 
 

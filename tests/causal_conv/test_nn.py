@@ -429,11 +429,11 @@ def test_encoder_refuses_series_without_samples():
         encoder(x, cu_seqlens=torch.tensor([0, 30, 30], dtype=torch.int32))
     with pytest.raises(ValueError, match="empty series"):
         encoder(x, lengths=torch.tensor([0]))
-    with pytest.raises(ValueError, match="^cu_seqlens must"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens must"):
         encoder(x, cu_seqlens=torch.tensor([0, 31], dtype=torch.int32))
-    with pytest.raises(ValueError, match="^lengths must be between 0 and 30, got 31"):
+    with pytest.raises(ValueError, match=r"^lengths must be between 0 and 30, got 31"):
         encoder(x, lengths=torch.tensor([31]))
-    with pytest.raises(ValueError, match="^lengths cannot be combined with cu_seqlens"):
+    with pytest.raises(ValueError, match=r"^lengths cannot be combined with cu_seqlens"):
         encoder(x, lengths=torch.tensor([30]), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
 
 
