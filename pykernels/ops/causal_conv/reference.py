@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pykernels.backends import exporting
+
 
 class Options(NamedTuple):
     """What is no tensor among the arguments of the operator; ``activation`` is a key of :data:`op.ACTIVATIONS`."""
@@ -52,8 +54,9 @@ def convolve(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, dilation: int
         parts = [x[:, :, begin:end] for begin, end in pairwise(ends)]
         return torch.cat([convolve(part, weight, None, dilation, groups) for part in parts], 2)
     batch, channels, length = x.shape
-    # Taps that lie wholly before the start of the data add nothing; without them the padding stays short.
-    live = max(1, min(weight.shape[2], (length - 1) // dilation + 1))
+    # Taps that lie wholly before the start of the data add nothing; without them the padding stays short. An exported
+    # program keeps them, since it must fit all lengths.
+    live = weight.shape[2] if exporting() else max(1, min(weight.shape[2], (length - 1) // dilation + 1))
     if batch == 0 or length == 0:  # F.conv1d accepts neither; keep the result in the graph
         per_group, out_channels = channels // groups, weight.shape[0]
         grouped = x.reshape(batch, groups, per_group, length)
