@@ -1,4 +1,4 @@
-"""Problems in the other modes of the convolution: groups, states, packed and padded sequences, place of the residual."""
+"""Problems in the other modes of the convolution: groups, states, packed and padded sequences, the residual."""
 
 from __future__ import annotations
 
