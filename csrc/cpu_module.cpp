@@ -123,7 +123,7 @@ void forward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t x, 
              int threads) {
     const py::gil_scoped_release release;
     const auto [pool_value, pool_time, pool_h] = pool;
-    const std::int64_t length = shape.length;
+    const std::int64_t length = shape.length, x_samples = shape.batch * length;
     const Spans spans(shape, sequences);
     if (pool_value != 0)
         for (std::int64_t i = 0; i < shape.batch; ++i)
@@ -143,6 +143,9 @@ void forward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t x, 
                                      static_cast<T>(negative_slope),
                                      residual_before_activation,
                                      threads};
+    const auto bytes = static_cast<std::size_t>(x_samples * shape.out_channels) * sizeof(T);
+    if (y != 0) pk::expect_writes(pointer<T>(y), bytes);
+    if (saved != 0) pk::expect_writes(pointer<T>(saved), bytes);
     pk::causal_conv_forward(p);
     spans.clear_padding(pointer<T>(y), shape.out_channels);
     spans.clear_padding(pointer<T>(saved), shape.out_channels);
@@ -176,6 +179,9 @@ void backward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t gr
               int threads) {
     const py::gil_scoped_release release;
     const std::int64_t length = shape.length;
+    if (grad_x != 0)
+        pk::expect_writes(pointer<T>(grad_x),
+                          static_cast<std::size_t>(shape.batch * shape.in_channels * length) * sizeof(T));
     const Spans spans(shape, sequences);
     const pk::CausalConvBackward<T> p{shape,
                                       spans.of<const T>(grad_y, grad_y_strides),
@@ -421,6 +427,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("capability", [] { return public_name(pk::active_isa()); }, "Name of the capability in use.");
     m.def("set_capability", &set_capability, py::arg("name"));
     m.def("has_openmp", &pk::has_openmp);
+    m.def("expect_writes", [](std::uintptr_t address, std::size_t bytes) {
+        pk::expect_writes(reinterpret_cast<void*>(address), bytes);
+    });
     m.def("causal_conv1d_forward", &causal_conv1d_forward);
     m.def("causal_conv1d_backward", &causal_conv1d_backward);
     m.def("causal_conv1d_backward_at", &causal_conv1d_backward_at);

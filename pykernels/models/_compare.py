@@ -10,20 +10,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pykernels.models._plain import PlainCausalCNNEncoder
-from pykernels.models.usrl import (
+from pykernels.models._triplet import (
     Encoder,
     Indices,
+    Inputs,
+    Ragged,
+    RaggedWindows,
+    SeriesSet,
     Windows,
+    encode_inputs,
+    n_channels,
     new_encoder,
+    ragged_window_loss,
+    sample_ragged_windows,
     sample_windows,
     shuffled_batches,
     window_loss,
 )
 
-Batch = tuple[Indices, Windows]
+Batch = tuple[Indices, Windows | RaggedWindows]
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class StepTimes:
 
 
 def compare_step_times(
-    series: Tensor,
+    series: SeriesSet,
     n_negatives: int,
     *,
     batch_size: int = 10,
@@ -60,10 +67,11 @@ def compare_step_times(
 
     Both start from the same weights, which must give the same features. Plain PyTorch runs with the number of threads,
     from one to ``torch.get_num_threads()``, that is fastest on three steps before; pykernels with
-    ``torch.get_num_threads()``.
+    ``torch.get_num_threads()``. Windows of ragged series go through plain PyTorch one by one, as published: padding
+    them to one length would compute more, and still need care not to change the result.
 
     Args:
-        series: training set, shape (N, C, T).
+        series: training set, shape (N, C, T), or ragged.
         n_negatives: K, negatives for each series of a batch.
         batch_size: series in a batch.
         steps: how many to time.
@@ -73,17 +81,23 @@ def compare_step_times(
     Raises:
         RuntimeError: if the two encoders disagree.
     """
-    n_series, in_channels, length = series.shape
+    n_series, in_channels = len(series), n_channels(series)
     ours = new_encoder(in_channels, seed, backend=backend, dtype=series.dtype)
     plain = PlainCausalCNNEncoder(in_channels, dtype=series.dtype)
     plain.load_state_dict(ours.state_dict())
-    error = _output_error(ours, plain, series[:batch_size])
+    first = np.arange(min(batch_size, n_series))
+    error = _output_error(
+        ours, plain, series.take(first) if isinstance(series, Ragged) else (series[:batch_size], None)
+    )
 
     generator = np.random.default_rng(seed)
     batches = shuffled_batches(n_series, batch_size, generator)
 
     def draw(count: int) -> list[Batch]:
         chosen = [next(batches) for _ in range(count)]
+        if isinstance(series, Ragged):
+            return [(b, sample_ragged_windows(b, series.lengths, n_negatives, generator)) for b in chosen]
+        length = series.shape[2]
         return [(b, sample_windows(len(b), n_series, length, n_negatives, generator)) for b in chosen]
 
     our_steps, plain_steps = _Steps(ours, series), _Steps(plain, series)
@@ -101,7 +115,7 @@ def compare_step_times(
 class _Steps:
     """Training steps of one encoder, timed one by one."""
 
-    def __init__(self, encoder: Encoder, series: Tensor) -> None:
+    def __init__(self, encoder: Encoder, series: SeriesSet) -> None:
         self.encoder = encoder
         self.series = series
         self.optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3, fused=True)
@@ -110,14 +124,21 @@ class _Steps:
         torch.set_num_threads(threads)
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        window_loss(self.encoder, self.series, *batch).backward()
+        chosen, windows = batch
+        if isinstance(self.series, Ragged):
+            assert isinstance(windows, RaggedWindows)
+            loss = ragged_window_loss(self.encoder, self.series, windows)
+        else:
+            assert isinstance(windows, Windows)
+            loss = window_loss(self.encoder, self.series, chosen, windows)
+        loss.backward()
         self.optimizer.step()
         return time.perf_counter() - start
 
 
-def _output_error(ours: Encoder, plain: Encoder, series: Tensor) -> float:
+def _output_error(ours: Encoder, plain: Encoder, inputs: Inputs) -> float:
     with torch.inference_mode():
-        features, expected = ours(series), plain(series)
+        features, expected = encode_inputs(ours, inputs), encode_inputs(plain, inputs)
     error = float((features - expected).abs().max() / expected.abs().max())
     if not error <= 1e-4:
         raise RuntimeError(f"the encoder and its plain PyTorch form differ by {error:.1e} of the largest feature")

@@ -54,7 +54,8 @@ class PlainCausalCNNEncoder(nn.Module):
     """:class:`pykernels.nn.CausalCNNEncoder` without pykernels: same arguments, same state_dict.
 
     Shape:
-        input (B, in_channels, T) with T >= 1, output (B, out_channels).
+        input (B, in_channels, T) with T >= 1, output (B, out_channels). With ``cu_seqlens`` (N + 1,), the offsets of N
+        series packed into (1, in_channels, total), which then go one after the other: (N, out_channels).
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class PlainCausalCNNEncoder(nn.Module):
         )
         self.linear = nn.Linear(reduced_size, out_channels, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(self.blocks(x).max(2).values)
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        parts = [x] if cu_seqlens is None else torch.split(x, cu_seqlens.diff().tolist(), 2)
+        y: Tensor = self.linear(torch.cat([self.blocks(part).max(2).values for part in parts]))
         return y
 
     def folded(self) -> AbstractContextManager[None]:

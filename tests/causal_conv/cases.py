@@ -13,7 +13,7 @@ from torch import Tensor
 import pykernels
 from pykernels.backends import OPERATORS
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "tanh")
+ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "silu", "gelu")
 
 
 class Runner(NamedTuple):
@@ -92,7 +92,7 @@ def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor
         return z
     if activation == "leaky_relu":
         return F.leaky_relu(z, negative_slope)
-    return {"relu": torch.relu, "tanh": torch.tanh}[activation](z)
+    return {"relu": torch.relu, "tanh": torch.tanh, "silu": F.silu, "gelu": F.gelu}[activation](z)
 
 
 def definition(

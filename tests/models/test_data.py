@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import pykernels.data.ucr as ucr
-from pykernels.data import available, load
-from pykernels.models.published import published_accuracy
+from pykernels.data import available, load, normalised, read_series
 
 
 @pytest.fixture
@@ -19,19 +18,24 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("name", ["GunPoint", "ArrowHead", "ItalyPowerDemand", "BasicMotions"])
+@pytest.mark.parametrize(
+    "name", ["GunPoint", "ArrowHead", "ItalyPowerDemand", "BasicMotions", "JapaneseVowels", "PickupGestureWiimoteZ"]
+)
 def test_files_are_read_as_aeon_reads_them(name):
     datasets = pytest.importorskip("aeon.datasets")
     data = load(name)
     for part, X, y in (("TRAIN", data.X_train, data.y_train), ("TEST", data.X_test, data.y_test)):
         path = ucr._aeon_folder() / name / f"{name}_{part}.ts"
         expected_X, expected_y = datasets.load_from_ts_file(str(path))
-        raw, labels = ucr._read(name, path)
-        np.testing.assert_array_equal(raw, expected_X)
+        raw, labels = read_series(path)
+        assert type(raw) is type(X) is type(expected_X)
+        assert len(raw) == len(X) == len(expected_X)
+        for case, normal, expected in zip(raw, X, expected_X, strict=True):
+            np.testing.assert_array_equal(case, expected)
+            assert normal.shape == expected.shape
+            assert normal.dtype == np.float64
         assert [label.lower() for label in labels] == list(expected_y)  # aeon writes labels in lower case
         np.testing.assert_array_equal(y, labels)
-        assert X.shape == expected_X.shape
-        assert X.dtype == np.float64
 
 
 def test_gunpoint_is_taken_as_it_is():
@@ -40,7 +44,12 @@ def test_gunpoint_is_taken_as_it_is():
     assert data.X_train.shape == (50, 1, 150)
     assert data.X_test.shape == (150, 1, 150)
     assert set(data.y_train) == {"1", "2"}
-    np.testing.assert_array_equal(data.X_train, ucr._read("", ucr._aeon_folder() / "GunPoint" / "GunPoint_TRAIN.ts")[0])
+    folder = ucr._aeon_folder() / "GunPoint"
+    np.testing.assert_array_equal(data.X_train, read_series(folder / "GunPoint_TRAIN.ts")[0])
+    assert (data.mean, data.std, data.n_channels, data.lengths) == (None, None, 1, (150, 150))
+    same, labels = read_series(folder / "GunPoint_TRAIN.tsv")
+    np.testing.assert_allclose(same, data.X_train, rtol=1e-6)
+    assert labels.tolist() == data.y_train.tolist()
 
 
 def test_data_sets_that_cannot_be_used():
@@ -51,8 +60,21 @@ def test_data_sets_that_cannot_be_used():
         load("GunPiont")
     with pytest.raises(ValueError, match="no data set"):
         load("Covid3Month")  # it has a number to predict, no classes
-    with pytest.raises(ValueError, match=r"PickupGestureWiimoteZ has series of unequal lengths .*not supported yet"):
-        load("PickupGestureWiimoteZ")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "lengths"), [("JapaneseVowels", 12, (7, 29)), ("PickupGestureWiimoteZ", 1, (29, 361))]
+)
+def test_series_of_unequal_lengths(name, channels, lengths):
+    pytest.importorskip("aeon")
+    data = load(name)
+    assert (data.n_channels, data.lengths) == (channels, lengths)
+    union = np.concatenate([*data.X_train, *data.X_test], axis=1)
+    np.testing.assert_allclose(union.mean(1), 0, atol=1e-12)
+    np.testing.assert_allclose(union.std(1), 1, rtol=1e-12)
+    raw = read_series(ucr._aeon_folder() / name / f"{name}_TEST.ts")[0]
+    for case, expected in zip(normalised(raw, data.mean, data.std), data.X_test, strict=True):
+        np.testing.assert_array_equal(case, expected)
 
 
 def test_missing_aeon_names_the_extra(monkeypatch):
@@ -64,10 +86,56 @@ def test_missing_aeon_names_the_extra(monkeypatch):
 HEADER = "# a comment\n@problemName {name}\n@timeStamps false\n@classLabel true a b\n@data\n"
 
 
-def write(folder: Path, name: str, train: str, test: str, header: str = HEADER) -> None:
+def write(folder: Path, name: str, train: str, test: str, header: str = HEADER, suffix: str = ".ts") -> None:
     (folder / name).mkdir()
     for part, body in (("TRAIN", train), ("TEST", test)):
-        (folder / name / f"{name}_{part}.ts").write_text(header.format(name=name) + body)
+        (folder / name / f"{name}_{part}{suffix}").write_text(header.format(name=name) + body)
+
+
+def test_tab_separated_files(tmp_path):
+    write(tmp_path, "Tabs", "2\t1.5\t2\tNaN\n1\t3\t4\t5\n", "1\t5\t6\tNaN\n\n1\t7\t8\tNaN\n", "", ".tsv")
+    assert available(tmp_path) == ["Tabs"]
+    data = load("Tabs", tmp_path)
+    assert [case.tolist() for case in data.X_train] == [[[1.5, 2]], [[3, 4, 5]]]
+    assert data.y_train.tolist() == ["2", "1"]
+    np.testing.assert_array_equal(data.X_test, [[[5, 6]], [[7, 8]]])
+    assert (data.n_channels, data.lengths) == (1, (2, 3))
+    series, labels = read_series(tmp_path / "Tabs" / "Tabs_TEST.tsv", labels=False)
+    assert labels is None
+    np.testing.assert_array_equal(series, [[[1, 5, 6]], [[1, 7, 8]]])
+
+
+def test_files_without_classes(tmp_path):
+    path = tmp_path / "some.ts"
+    path.write_text("@timeStamps false\n@classLabel false\n@data\n1,2:3,4\n5,6,7:8,9,10\n")
+    series, labels = read_series(path)
+    assert labels is None
+    assert [case.tolist() for case in series] == [[[1, 2], [3, 4]], [[5, 6, 7], [8, 9, 10]]]
+    path.write_text("@targetlabel true\n@data\n1,2:0.5\n")
+    series, labels = read_series(path)
+    assert (series.tolist(), labels.tolist()) == ([[[1, 2]]], ["0.5"])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    tabs, words, binary = tmp_path / "a.tsv", tmp_path / "a.csv", tmp_path / "b.ts"
+    words.write_text("1,2")
+    binary.write_bytes(b"@data\n\xff\n")
+    for path, message in (
+        (tmp_path / "none.ts", "none.ts is not a file"),
+        (words, "a.csv must be a .ts or .tsv file"),
+        (binary, "b.ts is not a text file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_series(path)
+    for text, message in (
+        ("1\t2\tNaN\t3\n", r"a.tsv has missing values \(NaN\) .*in case 1"),
+        ("1\t2\n1\tNaN\n", r"a.tsv has empty series, for example case 2"),
+        ("1\t2\n1\tx\n", r"case 2 of a.tsv is not made of numbers"),
+        ("\n", r"a.tsv has no cases"),
+    ):
+        tabs.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_series(tabs)
 
 
 def test_listed_sets_are_normalised_as_a_whole(tmp_path):
@@ -103,7 +171,7 @@ BAD_FILES = {
     "NaN": ("1,2:a\n3,nan:b\n", r"Bad_TRAIN.ts has missing values \(NaN\)"),
     "question mark": ("1,2:a\n3,?:b\n", r"missing values"),
     "infinity": ("1,2:a\n3,inf:b\n", r"missing values \(NaN\) or infinite ones"),
-    "unequal": ("1,2:a\n3:b\n", r"unequal lengths \(1 to 2\)"),
+    "unequal channels": ("1,2:3,4:a\n3:4,5:b\n", r"channels of case 2 of Bad_TRAIN.ts have unequal lengths, \[1, 2\]"),
     "empty series": ("1,2:a\n:b\n", r"Bad_TRAIN.ts has empty series"),
     "no cases": ("", r"Bad_TRAIN.ts has no cases"),
     "no channels": ("a\nb\n", r"same number of channels"),
@@ -131,31 +199,3 @@ def test_a_folder_that_is_not_there(tmp_path):
         load("GunPoint", tmp_path / "no")
     with pytest.raises(ValueError, match="it has none"):
         load("GunPoint", tmp_path)
-
-
-def test_published_figures():
-    assert published_accuracy("GunPoint", "ours_K5") == 0.987
-    assert published_accuracy("GunPoint", "ours_combined") == 0.993
-    assert published_accuracy("BasicMotions", "ours_K20", "uea") == 1.0
-    assert published_accuracy("Phoneme", "ours_K5") == 0.249
-    assert published_accuracy("Phoneme", "ours_K5", "uea") == 0.216
-    assert published_accuracy("GunPoint", "TimeNet") is None
-    assert published_accuracy("GunPoint", "ours_K20") is None
-    assert published_accuracy("GunPoint", "ours_K5", "uea") is None
-    assert published_accuracy("MyOwn", "ours_K5") is None
-    with pytest.raises(ValueError, match="archive must be one of ucr, uea; got 'ucsd'"):
-        published_accuracy("GunPoint", "ours_K5", "ucsd")
-    for column in ("ours_K3", "note", "dataset"):
-        with pytest.raises(ValueError, match=r"column must be one of .*ours_K5"):
-            published_accuracy("GunPoint", column)
-
-
-def test_published_means_are_those_derived_from_the_tables():
-    folder = Path(ucr.__file__).parents[1] / "models" / "published"
-    means = {}
-    for name, column in (("ucr", "ours_combined"), ("uea", "ours_combined")):
-        with (folder / f"usrl_{name}.csv").open() as file:
-            names = [row["dataset"] for row in csv.DictReader(file)]
-        means[name] = len(names), np.mean([published_accuracy(n, column, name) for n in names])
-    assert means["ucr"] == (125, pytest.approx(0.820, abs=1e-3))
-    assert means["uea"] == (30, pytest.approx(0.669, abs=1e-3))

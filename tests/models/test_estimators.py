@@ -65,19 +65,43 @@ def test_features_are_those_of_each_encoder_side_by_side():
     assert model.n_features_in_ == 2
 
 
-def test_encoders_are_trained_by_the_published_recipe(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        usrl, "train_encoder", lambda encoder, series, **options: calls.append((series.shape, options)) or np.zeros(1)
-    )
+def test_encoders_are_trained_by_the_published_recipe():
     X, _ = waves()
-    USRLTransformer(**{**TINY, "n_steps": None}).fit(X)
-    assert [o["n_negatives"] for _, o in calls] == [1, 2, 5, 10]
-    assert [o["n_steps"] for _, o in calls] == [1500, 1500, 1500, 2000]
-    assert {(o["batch_size"], o["learning_rate"]) for _, o in calls} == {(10, 1e-3)}
+    trainings = USRLTransformer(**{**TINY, "n_steps": None}).trainings(X)
+    assert [t.n_negatives for t in trainings] == [1, 2, 5, 10]
+    assert [t.n_steps for t in trainings] == [1500, 1500, 1500, 2000]
+    assert {(t.batch_size, t.learning_rate) for t in trainings} == {(10, 1e-3)}
     defaults = USRLTransformer().get_params()
     sizes = ("channels", "depth", "reduced_size", "out_channels", "kernel_size", "dtype")
     assert [defaults[name] for name in sizes] == [40, 10, 160, 320, 3, "float32"]
+
+
+def test_fit_is_the_trainings_done_by_somebody_else():
+    X, y = waves()
+    model = USRLTransformer((1, 2), **TINY)
+    trainings = model.trainings(X)
+    for training in reversed(trainings):
+        while not training.done:
+            training.step()
+    fitted = clone(model).fit(X)
+    assert model.finish(trainings) is model
+    np.testing.assert_array_equal(model.transform(X), fitted.transform(X))
+    for losses, expected in zip(model.losses_, fitted.losses_, strict=True):
+        np.testing.assert_array_equal(losses, expected)
+    assert model.n_features_in_ == 1
+    assert min(model.step_seconds_) > 0
+    classifier = USRLClassifier((1, 2), **TINY)
+    assert classifier.finish(model, X, y) is classifier
+    np.testing.assert_array_equal(classifier.decision_function(X), clone(classifier).fit(X, y).decision_function(X))
+
+
+def test_a_training_that_is_not_done_is_not_taken():
+    X, _ = waves()
+    model = USRLTransformer(2, **TINY)
+    trainings = model.trainings(X)
+    trainings[0].step()
+    with pytest.raises(ValueError, match=r"^trainings must be done, but the one with K=2 has 2 of 3 steps left$"):
+        model.finish(trainings)
 
 
 def test_two_dimensions_are_one_channel_and_another_length_will_do():
@@ -136,6 +160,49 @@ def test_classifier_learns_the_waves_and_works_with_scikit_learn():
     assert pipeline.predict(X).shape == (40,)
 
 
+def ragged_waves(n=20, channels=2, seed=0):
+    X, y = waves(n, channels, seed=seed)
+    return [case[:, : 3 + 7 * i % 22] for i, case in enumerate(X)], y
+
+
+def test_series_of_unequal_lengths():
+    X, y = ragged_waves()
+    model = USRLTransformer(2, dtype="float64", **TINY)
+    features = model.fit_transform(X)
+    assert features.shape == (20, 4)
+    one_by_one = np.concatenate([model.transform(case[None]) for case in X])
+    np.testing.assert_allclose(features, one_by_one, rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(clone(model).fit_transform(X), features)
+    np.testing.assert_array_equal(model.transform(np.array([*X, None], dtype=object)[:-1]), features)
+    np.testing.assert_array_equal(model.transform([torch.tensor(case) for case in X]), features)
+    classifier = USRLClassifier(2, dtype="float64", **TINY).fit(X, y)
+    np.testing.assert_array_equal(classifier.transformer_.transform(X), features)
+    assert classifier.predict(X[3:8]).tolist() == classifier.predict(X)[3:8].tolist()
+    with pytest.raises(ValueError, match="y has 19 labels, but X has 20 cases"):
+        USRLClassifier(2, **TINY).fit(X, y[1:])
+    with pytest.raises(ValueError, match=r"^X has 1 channels, but USRLTransformer was fitted with 2$"):
+        model.transform([case[0] for case in X])
+
+
+def test_lists_of_equal_series_are_arrays():
+    X, _ = waves()
+    features = USRLTransformer(2, **TINY).fit_transform(X)
+    for same in (list(X), list(X[:, 0]), X.tolist()):
+        np.testing.assert_array_equal(USRLTransformer(2, **TINY).fit_transform(same), features)
+    univariate = [case[0, : 5 + i] for i, case in enumerate(X)]
+    np.testing.assert_array_equal(
+        USRLTransformer(2, **TINY).fit_transform(univariate),
+        USRLTransformer(2, **TINY).fit_transform([case[None] for case in univariate]),
+    )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_trained_on_unequal_lengths_and_copied(copied):
+    X, _ = ragged_waves()
+    model = USRLTransformer(2, **TINY).fit(X)
+    np.testing.assert_array_equal(copied(model).transform(X), model.transform(X))
+
+
 def fitted_transformer():
     return USRLTransformer(1, **TINY).fit(waves()[0])
 
@@ -152,7 +219,12 @@ BAD_SERIES = {
     "too large for float32": (np.array([[1.0, 1e39, 2.0]]), r"too large for torch.float32"),
     "complex": (np.array([[1.0, 1j]]), r"^Complex data not supported: X"),
     "words": (np.array([["a", "b"]]), r"^X must be an array of numbers"),
-    "unequal lengths": ([[1.0, 2.0], [1.0]], r"^X must be an array of numbers"),
+    "NaN in one of unequal lengths": ([np.ones((1, 2)), np.full((1, 3), np.nan)], r"^X contains NaN"),
+    "one of unequal lengths is empty": ([np.ones((1, 2)), np.ones((1, 0))], r"^X has empty series; X\[1\] has shape"),
+    "unequal channels": ([np.ones((1, 2)), np.ones((3, 2))], r"^X has series of 1 and 3 channels; all must have"),
+    "unequal dimensions": ([np.ones((1, 2)), np.ones((1, 1, 2))], r"^X\[1\] must have shape \(channels, time\) or"),
+    "words of unequal length": ([np.array(["a"]), np.array(["b", "c"])], r"^X must be an array of numbers"),
+    "lists of unequal lengths": ([[1.0, 2.0], [1.0]], r"^X must be an array of numbers"),
 }
 
 
@@ -172,7 +244,7 @@ def test_wrong_number_of_channels():
 
 
 def test_bad_labels_are_found_before_the_training(monkeypatch):
-    monkeypatch.setattr(usrl, "train_encoder", lambda *args, **options: pytest.fail("it trained"))
+    monkeypatch.setattr(USRLTransformer, "fit", lambda *args: pytest.fail("it trained"))
     X, y = waves()
     for labels, message in (
         (y[:-1], "y has 19 labels, but X has 20 cases"),
@@ -197,6 +269,8 @@ BAD_PARAMETERS = [
     ("learning_rate", "fast"),
     ("dtype", "float16"),
     ("backend", "gpu"),
+    ("device", "abacus"),
+    ("device", "cuda:99"),
 ]
 
 

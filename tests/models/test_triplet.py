@@ -1,5 +1,7 @@
 """Loss, sampling and training of the triplet-loss encoder."""
 
+import copy
+import json
 import math
 from itertools import islice
 
@@ -8,12 +10,18 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
+from pykernels.models import _triplet
 from pykernels.models._plain import PlainCausalCNNEncoder
 from pykernels.models.usrl import (
+    EncoderTraining,
+    Ragged,
     Windows,
     encode,
+    n_channels,
     new_encoder,
     published_steps,
+    ragged_window_loss,
+    sample_ragged_windows,
     sample_windows,
     shuffled_batches,
     train_encoder,
@@ -148,6 +156,188 @@ def test_window_loss_takes_the_windows_it_is_given():
     assert loss.item() == pytest.approx(direct_loss(anchor, positive, negatives), rel=1e-12)
 
 
+def test_windows_may_be_capped():
+    for seed in range(200):
+        w = sample_windows(6, 9, 30, 4, np.random.default_rng(seed), longest_window=5)
+        assert 1 <= w.length <= w.anchor_length <= 5
+        assert sample_windows(6, 9, 4, 4, np.random.default_rng(seed), longest_window=5).anchor_length <= 4
+    starts = [sample_windows(1, 1, 30, 1, np.random.default_rng(i), 5).anchor_start[0] for i in range(400)]
+    assert max(starts) >= 25  # they lie in the whole series
+    np.testing.assert_equal(draw(3), sample_windows(6, 9, 12, 4, np.random.default_rng(3), longest_window=12))
+
+
+def draw_ragged(seed, lengths=(1, 2, 3, 9, 5), batch=(3, 0, 4), n_negatives=4, **options):
+    generator = np.random.default_rng(seed)
+    return sample_ragged_windows(np.array(batch), np.array(lengths), n_negatives, generator, **options)
+
+
+def test_ragged_windows_lie_inside():
+    lengths = np.array((1, 2, 3, 9, 5))
+    for seed in range(300):
+        w = draw_ragged(seed)
+        assert w.series.shape == w.start.shape == w.length.shape == (6, 3)
+        assert w.series[:2].tolist() == [[3, 0, 4]] * 2
+        assert (w.length >= 1).all()
+        assert (w.start >= 0).all()
+        assert (w.start + w.length <= lengths[w.series]).all()
+        assert (w.start[1] >= w.start[0]).all()
+        assert (w.start[1] + w.length[1] <= w.start[0] + w.length[0]).all()
+        assert (draw_ragged(seed, longest_window=2).length <= 2).all()
+
+
+def test_ragged_windows_are_uniform_and_of_each_element_by_itself():
+    draws = [draw_ragged(seed, lengths=(3, 6), batch=(1, 1)) for seed in range(6000)]
+    assert frequencies([w.length[1] - 1 for w in draws], 6) == pytest.approx(1 / 6, abs=0.02)
+    assert np.mean([w.length[1, 0] == w.length[1, 1] for w in draws]) == pytest.approx(1 / 6, abs=0.02)
+    given = [w.length[0, 0] - 4 for w in draws if w.length[1, 0] == 4]
+    assert frequencies(given, 3) == pytest.approx(1 / 3, abs=0.05)
+    given = [w.start[0, 0] for w in draws if w.length[0, 0] == 4]
+    assert frequencies(given, 3) == pytest.approx(1 / 3, abs=0.05)
+    given = [w.start[1, 0] - w.start[0, 0] for w in draws if w.length[0, 0] - w.length[1, 0] == 2]
+    assert frequencies(given, 3) == pytest.approx(1 / 3, abs=0.05)
+    assert frequencies([w.series[2:] for w in draws], 2) == pytest.approx(1 / 2, abs=0.01)
+    series, start, length = (np.stack([w[i][2:] for w in draws]) for i in range(3))
+    assert frequencies(length[series == 0] - 1, 3) == pytest.approx(1 / 3, abs=0.01)
+    assert frequencies(length[series == 1] - 1, 6) == pytest.approx(1 / 6, abs=0.01)
+    assert frequencies(start[(series == 1) & (length == 4)], 3) == pytest.approx(1 / 3, abs=0.02)
+
+
+def ragged_series(lengths=(3, 9, 1, 6, 4), channels=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(4)
+    parts = [torch.randn((channels, n), generator=generator, dtype=dtype) for n in lengths]
+    return parts, Ragged.of(parts)
+
+
+def test_ragged_series():
+    parts, ragged = ragged_series()
+    assert len(ragged) == 5
+    assert ragged.lengths.tolist() == [3, 9, 1, 6, 4]
+    assert ragged.dtype == ragged.to("cpu").dtype == torch.float64
+    packed, offsets = ragged.cut(np.array([1, 3, 1]), np.array([2, 0, 5]), np.array([4, 6, 1]))
+    assert (offsets.dtype, offsets.tolist()) == (torch.int32, [0, 4, 10, 11])
+    assert torch.equal(packed, torch.cat([parts[1][:, 2:6], parts[3], parts[1][:, 5:6]], 1)[None])
+    packed, offsets = ragged.take(np.array([4, 0]))
+    assert torch.equal(packed, torch.cat([parts[4], parts[0]], 1)[None])
+    assert offsets.tolist() == [0, 4, 7]
+
+
+def one_by_one(encoder, parts, windows):
+    """The loss, with a call of the encoder for every window."""
+    shape = windows.series.shape
+    features = torch.stack(
+        [
+            encoder(parts[i][None, :, start : start + length])[0]
+            for i, start, length in zip(*(w.ravel() for w in windows), strict=True)
+        ]
+    ).view(*shape, -1)
+    return triplet_loss(features[0], features[1], features[2:])
+
+
+@pytest.mark.parametrize("kind", [CausalCNNEncoder, PlainCausalCNNEncoder])
+def test_ragged_loss_and_gradients_are_those_of_one_window_at_a_time(kind):
+    parts, ragged = ragged_series()
+    encoder = kind(2, dtype=torch.float64, **TINY)
+    for seed in range(5):
+        windows = sample_ragged_windows(np.array([1, 4, 0]), ragged.lengths, 3, np.random.default_rng(seed))
+        loss, expected = ragged_window_loss(encoder, ragged, windows), one_by_one(encoder, parts, windows)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        gradients, wanted = (torch.autograd.grad(value, list(encoder.parameters())) for value in (loss, expected))
+        for gradient, reference in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("n_negatives", [1, 5])
+def test_backward_per_term_is_the_backward_of_the_loss(ragged, n_negatives):
+    series = ragged_series()[1] if ragged else torch.randn((5, 2, 9), dtype=torch.float64)
+    losses, gradients = [], []
+    for per_term in (False, True):
+        encoder = new_encoder(2, 0, dtype=torch.float64, **TINY)
+        training = EncoderTraining(
+            encoder,
+            series,
+            n_negatives=n_negatives,
+            generator=np.random.default_rng(0),
+            n_steps=3,
+            batch_size=3,
+            per_term=per_term,
+        )
+        losses.append([training.step() for _ in range(3)])
+        gradients.append([p.grad for p in encoder.parameters()])
+    np.testing.assert_allclose(*losses, rtol=1e-12)
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
+
+
+class Held:
+    """A tensor kept for the backward, and the bytes of all of them."""
+
+    now = most = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Held.now += tensor.nbytes
+        Held.most = max(Held.most, Held.now)
+
+    def __del__(self):
+        Held.now -= self.tensor.nbytes
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_backward_per_term_keeps_one_evaluation_at_a_time(ragged):
+    series = torch.zeros((10, 1, 2000))
+    series = Ragged.of(list(series)) if ragged else series
+    encoder = PlainCausalCNNEncoder(1, **TINY)
+
+    def held(act):
+        Held.now = Held.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            act()
+        return Held.most
+
+    options = {"n_negatives": 9, "generator": np.random.default_rng(0), "n_steps": 4}
+    one = held(lambda: encoder(torch.zeros((10, 1, 2000))).sum().backward())
+    together = EncoderTraining(encoder, series, per_term=False, **options)
+    term_by_term = EncoderTraining(encoder, series, per_term=True, **options)
+    assert max(held(together.step) for _ in range(4)) > 3 * one
+    assert max(held(term_by_term.step) for _ in range(4)) <= 1.01 * one
+
+
+def test_backward_per_term_is_automatic_for_long_multivariate_series():
+    def per_term(series):
+        return EncoderTraining(
+            new_encoder(n_channels(series), 0, **TINY), series, n_negatives=1, generator=np.random.default_rng(0)
+        ).per_term
+
+    assert _triplet.LONG_SERIES == 10_000
+    assert not per_term(torch.zeros((1, 2, 10_000)))
+    assert per_term(torch.zeros((1, 2, 10_001)))
+    assert not per_term(torch.zeros((1, 1, 10_001)))
+    assert per_term(Ragged.of([torch.zeros((2, 5)), torch.zeros((2, 10_001))]))
+    assert not per_term(Ragged.of([torch.zeros((2, 9_000)), torch.zeros((2, 9_001))]))
+
+
+def test_ragged_training():
+    parts = [series[:, : 5 + 2 * i] for i, series in enumerate(levels())]
+    encoder = new_encoder(1, 0, **SMALL)
+    options = {"n_negatives": 2, "generator": np.random.default_rng(0), "n_steps": 150, "learning_rate": 1e-2}
+    losses = train_encoder(encoder, Ragged.of(parts), **options)
+    assert losses[0] > 1.3
+    assert losses[-50:].mean() < 1.25
+
+
+def test_encode_ragged_series_is_the_encoder_one_by_one(monkeypatch):
+    parts, ragged = ragged_series(lengths=[1 + 13 * i % 37 for i in range(40)])
+    encoder = new_encoder(2, 0, dtype=torch.float64, **TINY)
+    expected = torch.cat([encoder(part[None]) for part in parts]).detach()
+    for limit in (1, 50, 300, 10**6):
+        monkeypatch.setattr(_triplet, "ENCODING_SAMPLES", limit)
+        sizes = [len(part) for part in _triplet._parts(ragged.lengths)]
+        assert sum(sizes) == 40
+        assert (len(sizes) == 1) == (limit == 10**6)
+        torch.testing.assert_close(encode(encoder, ragged), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_published_number_of_steps():
     assert [published_steps(k) for k in (1, 2, 5, 9, 10, 20)] == [1500, 1500, 1500, 1500, 2000, 2000]
 
@@ -192,6 +382,93 @@ def test_training_repeats_bit_by_bit_and_depends_on_the_seed():
     assert losses.tolist() != other.tolist()
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def small_training(n_steps=12, series=None, **options):
+    generator = options.pop("generator", np.random.default_rng(0))
+    encoder = new_encoder(1, 0, **SMALL)
+    series = levels() if series is None else series
+    return EncoderTraining(
+        encoder, series, n_negatives=2, generator=generator, n_steps=n_steps, batch_size=5, **options
+    )
+
+
+def finished(training):
+    while not training.done:
+        training.step()
+    return training
+
+
+def assert_same_state(training, other):
+    (tensors, values), (expected, wanted) = training.state(), other.state()
+    assert {**values, "seconds": 0} == {**wanted, "seconds": 0}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 12])  # an epoch has three
+def test_a_restored_training_goes_on_bit_by_bit(steps, ragged):
+    options = {"series": Ragged.of([series[:, : 9 + i] for i, series in enumerate(levels())])} if ragged else {}
+    uninterrupted = finished(small_training(**options))
+    interrupted = small_training(**options)
+    for _ in range(steps):
+        interrupted.step()
+    tensors, values = interrupted.state()
+    kept = copy.deepcopy((tensors, values))
+    finished(interrupted)  # must not reach into the state
+    assert values == kept[1]
+    assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
+
+    restored = small_training(generator=np.random.default_rng(99), **options)
+    if steps:
+        restored.step()  # whatever it did is forgotten
+    restored.restore(tensors, json.loads(json.dumps(values)))
+    assert restored.steps_done == steps
+    assert restored.encoder.training == (steps < 12)
+    assert_same_state(finished(restored), uninterrupted)
+    assert_same_state(interrupted, uninterrupted)
+    assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
+
+
+def test_a_training_counts_its_steps_and_its_time():
+    training = small_training(3)
+    assert (training.steps_done, training.n_steps, training.seconds, training.done) == (0, 3, 0, False)
+    assert training.encoder.training
+    losses = [training.step() for _ in range(3)]
+    assert training.losses.tolist() == losses
+    assert training.done
+    assert training.seconds > 0
+    assert not training.encoder.training
+    with pytest.raises(RuntimeError, match="all 3 steps of this training are done"):
+        training.step()
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.Philox, np.random.SFC64])
+def test_any_bit_generator_can_be_saved(bits):
+    training = small_training(4, generator=np.random.Generator(bits(1)))
+    training.step()
+    tensors, values = training.state()
+    restored = small_training(4, generator=np.random.Generator(bits(2)))
+    restored.restore(tensors, json.loads(json.dumps(values)))
+    assert_same_state(finished(restored), finished(training))
+
+
+def test_a_state_of_another_training_is_refused():
+    training = small_training()
+    training.step()
+    tensors, values = training.state()
+    for other in (small_training(13), small_training(learning_rate=1e-2), small_training(series=levels(13))):
+        before = other.state()
+        with pytest.raises(ValueError, match=r"^the saved training has other settings: .*'n_steps': 12"):
+            other.restore(tensors, values)
+        assert other.state()[1] == before[1]
+    other = small_training()
+    for name, tensor in (("encoder.linear.bias", tensors["encoder.linear.bias"][:1]), ("adam.linear.bias.step", None)):
+        wrong = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
+        with pytest.raises(ValueError, match=f"^the saved training has no fitting tensors {name}$"):
+            other.restore(wrong, values)
+    assert_same_state(other, small_training())
 
 
 def test_training_in_float32_follows_float64():

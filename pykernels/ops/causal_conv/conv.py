@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import autograd, reference
+from pykernels.ops.causal_conv import autograd, cost, reference
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS
 
@@ -91,6 +91,8 @@ def causal_conv1d(
     check_weight(weight, "weight", channels, x, groups)
     out_channels, _, kernel_size = weight.shape
     check_bias(bias, "bias", out_channels, x)
+    if not isinstance(residual_before_activation, bool):
+        raise TypeError(f"residual_before_activation must be a bool, got {type(residual_before_activation).__name__}")
     if residual is not None:
         check_tensor(residual, "residual", (batch, out_channels, length), x)
     if cu_seqlens is not None:
@@ -174,6 +176,8 @@ def check_offsets(cu_seqlens: Tensor, x: Tensor, validate: bool | None) -> None:
         raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     if x.shape[0] != 1:
         raise ValueError(f"x must have shape (1, channels, total) with cu_seqlens, got {tuple(x.shape)}")
+    if len(cu_seqlens) == 1 and x.shape[2] > 0:
+        raise ValueError(f"cu_seqlens must hold the end of at least one sequence, since x has {x.shape[2]} samples")
     _check_device(cu_seqlens, "cu_seqlens", x)
     if reads_values(cu_seqlens, validate):
         offsets = cu_seqlens.tolist()
@@ -304,5 +308,7 @@ _OPERATOR = register(
             "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },
         check=_check,
+        path="single convolution",
+        cost=cost.forward,
     )
 )

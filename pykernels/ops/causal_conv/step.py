@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import conv, reference
+from pykernels.ops.causal_conv import conv, cost, reference
 from pykernels.ops.causal_conv.autograd import recording, transforming
 from pykernels.ops.causal_conv.check import relative_error
 from pykernels.ops.causal_conv.cpu import IS_DOUBLE, address, plain
@@ -273,5 +273,7 @@ _OPERATOR = register(
             "reference": Implementation(_run_reference, lambda x_t: YES, lambda: YES),
         },
         check=_check,
+        path="one sample",
+        cost=cost.step,
     )
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import conv
+from pykernels.ops.causal_conv import conv, cost
 from pykernels.ops.causal_conv.autograd import apply, differentiable_gradients, recording, transforming
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.cpu import HALF, IS_DOUBLE, address, plain
@@ -126,8 +126,8 @@ def _backward_fake(grad_w: list[Tensor], v: list[Tensor], g: list[Tensor]) -> li
     return [torch.empty_like(t) for t in (*v, *g)]
 
 
-implement(_forward_op, _forward_cpu, _forward_fake)
-implement(_backward_op, _backward_cpu, _backward_fake)
+implement(_forward_op, _forward_cpu, _forward_fake, cost=cost.weight_norm)
+implement(_backward_op, _backward_cpu, _backward_fake, cost=cost.weight_norm_backward)
 
 
 class WeightNorm(torch.autograd.Function):
@@ -179,5 +179,7 @@ _OPERATOR = register(
             "reference": Implementation(_run_reference, lambda v, g: YES, lambda: YES),
         },
         check=_check,
+        path="all weights in one call",
+        cost=cost.weight_norm,
     )
 )
