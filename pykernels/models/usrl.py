@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -117,7 +118,7 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
         The fitted SVM; ``.C`` is the chosen penalty.
     """
     n_cases = len(features)
-    svm = SVC(C=SVM_INFINITY, gamma="scale", max_iter=SVM_MAX_ITERATIONS)
+    svm = new_svm(SVM_INFINITY)
     if n_cases // len(np.unique(labels)) < 5 or n_cases < 50:
         return svm.fit(features, labels)
     if n_cases > SVM_SEARCH_CASES:
@@ -131,6 +132,11 @@ def fit_svm(features: Features, labels: npt.NDArray[Any]) -> SVC:
         search.fit(features, labels)
     best = _first_best(search.cv_results_["mean_test_score"])
     return svm.set_params(C=SVM_PENALTIES[best]).fit(features, labels)
+
+
+def new_svm(penalty: float) -> SVC:
+    """The published classifier before it is fitted, with this penalty C."""
+    return SVC(C=penalty, gamma="scale", max_iter=SVM_MAX_ITERATIONS)
 
 
 def fit_nearest_neighbour(features: Features, labels: npt.NDArray[Any]) -> KNeighborsClassifier:
@@ -183,6 +189,29 @@ class _USRL(BaseEstimator):  # type: ignore[misc]
         self.backend = backend
         self.device = device
         self.progress = progress
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted estimator to one file of tensors and JSON (safetensors), whole or not at all.
+
+        A classifier brings its transformer along, and its SVM as arrays.
+        """
+        from pykernels.models import _usrl_checkpoint
+
+        _usrl_checkpoint.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu") -> Self:
+        """Read what :meth:`save` wrote; nothing in the file is executed. It answers the same, bit for bit.
+
+        A transformer is also read from the file of a classifier.
+
+        Raises:
+            InputError: if the file is something else, damaged or of a newer version. A :class:`ValueError`.
+        """
+        from pykernels.models import _usrl_checkpoint
+
+        model: Self = _usrl_checkpoint.SavedModel(path, device).model(cls)
+        return model
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

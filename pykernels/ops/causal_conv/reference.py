@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pykernels.backends import exporting
+
 
 class Options(NamedTuple):
     """What is no tensor among the arguments of the operator; ``activation`` is a key of :data:`op.ACTIVATIONS`."""
@@ -52,8 +54,9 @@ def convolve(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, dilation: int
         parts = [x[:, :, begin:end] for begin, end in pairwise(ends)]
         return torch.cat([convolve(part, weight, None, dilation, groups) for part in parts], 2)
     batch, channels, length = x.shape
-    # Taps that lie wholly before the start of the data add nothing; without them the padding stays short.
-    live = max(1, min(weight.shape[2], (length - 1) // dilation + 1))
+    # Taps that lie wholly before the start of the data add nothing; without them the padding stays short. An exported
+    # program keeps them, since it must fit all lengths.
+    live = weight.shape[2] if exporting() else max(1, min(weight.shape[2], (length - 1) // dilation + 1))
     if batch == 0 or length == 0:  # F.conv1d accepts neither; keep the result in the graph
         per_group, out_channels = channels // groups, weight.shape[0]
         grouped = x.reshape(batch, groups, per_group, length)
@@ -75,6 +78,8 @@ def compose(
     options: Options,
 ) -> Tensor:
     """The operator with ``convolve`` as its convolution, see :func:`pykernels.causal_conv1d`."""
+    if cu_seqlens is not None:
+        cu_seqlens = clamped(cu_seqlens, x.shape[2])
     behind = None if lengths is None else padding(x, lengths)
     if behind is not None:
         x = x.masked_fill(behind, 0)
@@ -122,10 +127,11 @@ def final_state(
     back = torch.arange(-size, 0, device=x.device)
     if cu_seqlens is None:
         before = x.new_zeros((batch, channels, size)) if initial_state is None else initial_state
-        ends = x.new_full((batch,), length, dtype=torch.int64) if lengths is None else lengths.long()
+        ends = x.new_full((batch,), length, dtype=torch.int64) if lengths is None else lengths.long().clamp(0, length)
         index = (ends[:, None, None] + size + back).expand(batch, channels, size)
         return torch.cat([before, x], 2).gather(2, index)
-    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    offsets = clamped(cu_seqlens, length).long()
+    begin, end = offsets[:-1], offsets[1:]
     index = end[:, None] + back  # (N, size)
     inside = index >= begin[:, None]
     if length == 0:
@@ -137,6 +143,14 @@ def final_state(
     index = (index - begin[:, None] + size).clamp(0, max(size - 1, 0))
     before = initial_state.gather(2, index[:, None].expand_as(initial_state))
     return torch.where(inside[:, None], own, before)
+
+
+def clamped(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Offsets that may not have been checked as the kernels take them: sequences side by side that fill ``total``."""
+    if len(cu_seqlens) < 2:
+        return cu_seqlens
+    inner = cu_seqlens[1:-1].clamp(0, total).cummax(0).values
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), total)])
 
 
 def padding(x: Tensor, lengths: Tensor) -> Tensor:

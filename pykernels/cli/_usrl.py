@@ -1,0 +1,406 @@
+"""``pykernels train usrl`` and ``pykernels reproduce usrl``: representations of time series learned without labels."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import pykernels
+from pykernels import _files
+from pykernels._errors import InputError, MissingExtraError, require
+from pykernels.backends import BACKENDS
+from pykernels.cli._info import cpu_name
+from pykernels.cli._options import (
+    REQUIRED,
+    Parser,
+    add_run_options,
+    check_same,
+    configuration,
+    package_version,
+    positive,
+    settle,
+)
+from pykernels.models import _run
+from pykernels.models._run import Run, RunFolder
+
+if TYPE_CHECKING:
+    from pykernels.data import Dataset
+    from pykernels.models._compare import StepTimes
+    from pykernels.models.usrl import USRLTransformer
+
+DEFAULT_K = 5
+PUBLISHED_COMBINATION = {"ucr": (1, 2, 5, 10), "uea": (5, 10, 20)}
+METRICS = ("seed", "encoder", "K", "step", "loss", "seconds")
+PICTURED_CASES = 2000  # t-SNE of more takes longer than anyone waits for a picture
+
+
+def add(systems: dict[str, Any]) -> None:
+    """Add the system to the commands ``train`` and ``reproduce``."""
+    train = systems["train"].add_parser("usrl", help="an encoder of time series", description=_train.__doc__)
+    _add_settings(train)
+    train.set_defaults(run=_train)
+
+    reproduce = systems["reproduce"].add_parser(
+        "usrl", help="an encoder of time series, and an SVM on its features", description=_reproduce.__doc__
+    )
+    _add_settings(reproduce)
+    reproduce.add_setting("--seeds", type=positive, default=1, metavar="N", help="seeds S to S+N-1 (default: 1)")
+    reproduce.add_setting(
+        "--compare", default=False, action="store_true", help="time some training steps beside plain PyTorch"
+    )
+    reproduce.add_setting("--picture", default=None, metavar="FILE", help="picture of the learned features to write")
+    reproduce.set_defaults(run=_reproduce)
+
+
+def _add_settings(parser: Parser) -> None:
+    parser.add_setting("--dataset", default=REQUIRED, metavar="NAME", help="for example GunPoint")
+    parser.add_setting(
+        "--folder",
+        default=None,
+        metavar="DIR",
+        help="where NAME/NAME_TRAIN.ts and NAME/NAME_TEST.ts are, or .tsv (default: the data sets inside aeon)",
+    )
+    which = parser.add_mutually_exclusive_group()
+    parser.add_setting(
+        "--k", group=which, type=positive, default=None, metavar="K", help=f"negatives (default: {DEFAULT_K})"
+    )
+    parser.add_setting(
+        "--combined",
+        group=which,
+        default=False,
+        action="store_true",
+        help="one encoder for each published K, features concatenated",
+    )
+    parser.add_setting("--steps", type=positive, default=None, metavar="N", help="training steps (default: published)")
+    parser.add_setting("--dtype", choices=["float32", "float64"], default="float32", help="default: float32")
+    parser.add_setting("--backend", choices=BACKENDS, default=None, help="default: the best that runs")
+    add_run_options(parser)
+
+
+class _Job:
+    """A command with its settings, its data and its run.
+
+    Raises:
+        InputError, MissingExtraError: if it cannot work, before anything is trained or written.
+    """
+
+    def __init__(self, args: argparse.Namespace, *, needs_out: bool) -> None:
+        require("sklearn", "scikit-learn", "models", "pykernels usrl")
+        if not args.quiet:
+            require("tqdm", "tqdm", "models", "a progress bar (or give --quiet)")
+        if args.out is not None or args.resume is not None:
+            require("safetensors.torch", "safetensors", "models", "a run folder")
+        self.args = args
+        self.settings, self.folder = settle(args, needs_out=needs_out)
+        self.path: Path | None = args.out or args.resume
+
+    def load(self) -> Dataset:
+        """The data, with the run folder made for them, or compared with those that it was made for."""
+        from pykernels.data import load
+
+        settings = self.settings
+        if settings.backend is not None:
+            ok, reason = pykernels.available_backends()["causal_conv1d"][settings.backend]
+            if not ok:
+                raise InputError(f"--backend {settings.backend}: {reason}")
+        data = load(settings.dataset, settings.folder)
+        found = {"name": data.name, "sha256": _digest(data)}
+        if self.folder is not None:
+            check_same(self.folder, found)
+        elif self.path is not None:
+            self.folder = RunFolder.create(self.path, configuration(self.args, settings, found))
+        return data
+
+    def say(self, text: str) -> None:
+        """Print a line of the result, unless it is to be JSON."""
+        if not self.args.json:
+            print(text, flush=True)
+
+    def finish(self, result: dict[str, Any]) -> int:
+        """Print the result as JSON if that is wanted, and keep it in the folder."""
+        if self.folder is not None:
+            self.folder.finish(result)
+            self.say(f"the run is in {self.folder.path}")
+        if self.args.json:
+            print(json.dumps(result, indent=2))
+        return 0
+
+    def finished(self) -> bool:
+        """Whether the run that is to be continued needs nothing more. Its result is printed then."""
+        result = None if self.folder is None else self.folder.result()
+        if self.folder is None or result is None:
+            return False
+        self.say(f"the run in {self.folder.path} is finished; its result is in {_run.RESULT}")
+        if self.args.json:
+            print(json.dumps(result, indent=2))
+        return True
+
+    def train_seeds(
+        self,
+        data: Dataset,
+        negatives: tuple[int, ...],
+        seeds: Sequence[int],
+        evaluate: Callable[[int, USRLTransformer], tuple[Any, dict[str, Any]]],
+    ) -> list[dict[str, Any]]:
+        """Train the encoders of each seed, from where the run was interrupted if it was.
+
+        Args:
+            data, negatives, seeds: what to train on, K for each encoder, and the seeds.
+            evaluate: from a seed and its transformer makes the model to keep, and what to report of it in JSON.
+
+        Returns:
+            The reports.
+        """
+        from pykernels.models._usrl_checkpoint import Normalisation, SavedTrainings, save, save_trainings
+        from pykernels.models.usrl import USRLTransformer
+
+        settings, folder = self.settings, self.folder
+        training_file = None if folder is None else folder.path / _run.TRAINING
+        saved = SavedTrainings(training_file) if training_file is not None and training_file.is_file() else None
+        reports: list[dict[str, Any]] = list(saved.values["reports"]) if saved else []
+        normalisation = None if data.mean is None or data.std is None else Normalisation(data.mean, data.std)
+        resume = f"{self.args.parser.prog} --resume {shlex.quote(str(self.path))}"
+        with Run(
+            folder,
+            resume,
+            columns=METRICS,
+            metrics_size=saved.values["metrics"] if saved else None,
+            quiet=self.args.quiet,
+            save_every=self.args.save_every,
+        ) as run:
+            for seed in seeds[len(reports) :]:
+                transformer = USRLTransformer(
+                    negatives,
+                    n_steps=settings.steps,
+                    dtype=settings.dtype,
+                    backend=settings.backend,
+                    device=settings.device,
+                    random_state=seed,
+                )
+                trainings = transformer.trainings(data.X_train)
+                if saved is not None:
+                    saved.restore(trainings)
+                    saved = None
+
+                def row(index: int, training: Any, loss: float, seed: int = seed) -> tuple[Any, ...]:
+                    return seed, index, training.n_negatives, training.steps_done, loss, f"{training.seconds:.6f}"
+
+                def keep(size: int, trainings: Any = trainings) -> None:
+                    assert training_file is not None
+                    save_trainings(trainings, training_file, {"reports": reports, "metrics": size})
+
+                run.train(trainings, [f"training, K={k}" for k in negatives], row, keep)
+                transformer.finish(trainings)
+                model, report = evaluate(seed, transformer)
+                reports.append(report)
+                if folder is not None:
+                    about = {"dataset": data.name, "seed": seed, "command": folder.config["command"]}
+                    path = folder.path / self.name("model.safetensors", seed)
+                    save(model, path, normalisation=normalisation, about=about)
+                    self._picture_losses(negatives, transformer, seed)
+        return reports
+
+    def name(self, name: str, seed: int) -> str:
+        """The name of a file of one seed: as it is if there is one seed only."""
+        stem, _, suffix = name.partition(".")
+        return name if getattr(self.settings, "seeds", 1) == 1 else f"{stem}-seed{seed}.{suffix}"
+
+    def _picture_losses(self, negatives: tuple[int, ...], transformer: USRLTransformer, seed: int) -> None:
+        assert self.folder is not None
+        from pykernels.models._curves import losses_picture
+
+        pairs = zip(negatives, transformer.losses_, strict=True)
+        try:
+            self.folder.write(self.name("loss.png", seed), losses_picture({f"K = {k}": values for k, values in pairs}))
+        except MissingExtraError as error:
+            print(f"pykernels: the run has no pictures: {error}", file=sys.stderr)
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train encoders on the training series, without labels, and keep them in a run folder."""
+    job = _Job(args, needs_out=True)
+    if job.finished():
+        return 0
+    data = job.load()
+    negatives = _negatives(job.settings, data)
+
+    def evaluate(seed: int, transformer: USRLTransformer) -> tuple[Any, dict[str, Any]]:
+        return transformer, {
+            "seed": seed,
+            "steps": [len(losses) for losses in transformer.losses_],
+            "last_loss": [float(losses[-1]) for losses in transformer.losses_],
+            "step_seconds": transformer.step_seconds_,
+        }
+
+    (report,) = job.train_seeds(data, negatives, [job.settings.seed], evaluate)
+    for k, steps, loss, seconds in zip(
+        negatives, report["steps"], report["last_loss"], report["step_seconds"], strict=True
+    ):
+        job.say(f"{data.name}: K={k}, {steps} steps of {1e3 * seconds:.1f} ms, last loss {loss:.3f}")
+    return job.finish({**_what(job, data, negatives), **report})
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    """Train encoders without labels, an SVM on their features, and print the accuracy beside the published one."""
+    job = _Job(args, needs_out=False)
+    if job.finished():
+        return 0
+    settings = job.settings
+    picture = None if settings.picture is None else Path(settings.picture)
+    if picture is not None:
+        from pykernels.models._picture import check_format
+
+        _files.check_output(picture, "--picture")
+        check_format(picture.suffix)
+    data = job.load()
+    from pykernels.models.usrl import USRLClassifier
+
+    negatives = _negatives(settings, data)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    archive = "ucr" if data.n_channels == 1 else "uea"
+    column = "ours_combined" if settings.combined else f"ours_K{negatives[0]}"
+    published = _published(data.name, column, archive)
+    what = _what(job, data, negatives)
+    shortest, longest = data.lengths
+    if settings.compare and shortest < longest:
+        raise InputError(f"--compare needs series of equal lengths; those of {data.name} have {shortest} to {longest}")
+
+    length = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    job.say(
+        f"{data.name}: {len(data.X_train)} training and {len(data.X_test)} test series, {len(set(data.y_train))} "
+        f"classes, {data.n_channels} channel{'s' * (data.n_channels > 1)}, {length} samples"
+    )
+    note = " (not the published number)" * bool(settings.steps)
+    job.say(f"K={_join(negatives)}, {_join(what['steps'])} training steps{note}")
+
+    def evaluate(seed: int, transformer: USRLTransformer) -> tuple[Any, dict[str, Any]]:
+        parameters = transformer.get_params()
+        model = USRLClassifier(**parameters).finish(transformer, data.X_train, data.y_train)
+        accuracy = float(model.score(data.X_test, data.y_test))
+        seconds = transformer.step_seconds_
+        job.say(
+            f"seed {seed}: test accuracy {accuracy:.3f} "
+            f"(training step {_join(f'{1e3 * s:.1f}' for s in seconds)} ms, SVM with C={model.svm_.C:g})"
+        )
+        if seed == seeds[0]:
+            _picture_features(job, data, transformer, f"K={_join(negatives)}", accuracy, picture)
+        return model, {"seed": seed, "accuracy": accuracy, "C": str(model.svm_.C), "step_seconds": seconds}
+
+    reports = job.train_seeds(data, negatives, seeds, evaluate)
+    mean = statistics.fmean(report["accuracy"] for report in reports)
+    job.say(_verdict(mean, published, len(seeds), column))
+
+    comparisons = _compare(data, negatives, settings) if settings.compare else []
+    for times in comparisons:
+        job.say(
+            f"K={times.n_negatives}, median of {times.steps} training steps: pykernels {1e3 * times.seconds:.1f} ms "
+            f"({_threads(times.threads)}), plain PyTorch {1e3 * times.plain_seconds:.1f} ms "
+            f"({_threads(times.plain_threads)}, its fastest), ratio {times.ratio:.1f}"
+        )
+    if picture is not None:
+        job.say(f"the picture of the features is in {picture}")
+    return job.finish(
+        {
+            **what,
+            "runs": reports,
+            "accuracy": mean,
+            "column": column,
+            "published": published,
+            "comparisons": [vars(times) for times in comparisons],
+        }
+    )
+
+
+def _negatives(settings: argparse.Namespace, data: Dataset) -> tuple[int, ...]:
+    archive = "ucr" if data.n_channels == 1 else "uea"
+    return PUBLISHED_COMBINATION[archive] if settings.combined else (settings.k or DEFAULT_K,)
+
+
+def _what(job: _Job, data: Dataset, negatives: Sequence[int]) -> dict[str, Any]:
+    """What was run, and where, for the result."""
+    from pykernels.models.usrl import published_steps
+
+    settings = job.settings
+    return {
+        "dataset": data.name,
+        "n_negatives": list(negatives),
+        "steps": [settings.steps or published_steps(k) for k in negatives],
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "cpu_capability": pykernels.cpu_capability(),
+        "versions": {name: package_version(name) for name in ("pykernels", "torch", "numpy", "scikit-learn")},
+    }
+
+
+def _picture_features(
+    job: _Job, data: Dataset, transformer: USRLTransformer, kind: str, accuracy: float, picture: Path | None
+) -> None:
+    """The picture that was asked for, and the one in the run folder, unless there are too many cases for it."""
+    in_folder = job.folder is not None and len(data.X_train) + len(data.X_test) <= PICTURED_CASES
+    if picture is None and not in_folder:
+        return
+    from pykernels.models._picture import features_picture
+
+    subtitle = f"encoder {kind}, trained without labels; test accuracy {accuracy:.3f}"
+    features = [transformer.transform(X) for X in (data.X_train, data.X_test)]
+    try:
+        if picture is not None:
+            _files.write(picture, features_picture(data, features[0], features[1], picture.suffix, subtitle))
+        if job.folder is not None and in_folder:
+            job.folder.write("features.png", features_picture(data, features[0], features[1], ".png", subtitle))
+    except MissingExtraError:
+        if picture is not None:
+            raise
+
+
+def _digest(data: Dataset) -> str:
+    """A fingerprint of the series and the labels."""
+    digest = hashlib.sha256()
+    for series in (*data.X_train, *data.X_test):
+        digest.update(repr(series.shape).encode() + np.ascontiguousarray(series).tobytes())
+    digest.update(json.dumps([data.y_train.tolist(), data.y_test.tolist()]).encode())
+    return digest.hexdigest()
+
+
+def _published(dataset: str, column: str, archive: str) -> float | None:
+    from pykernels.models.published import published_accuracy
+
+    try:
+        return published_accuracy(dataset, column, archive)
+    except ValueError:  # a K that was not published
+        return None
+
+
+def _verdict(mean: float, published: float | None, seeds: int, column: str) -> str:
+    text = f"mean test accuracy of {seeds} seed{'s' * (seeds > 1)}: {mean:.3f}"
+    if published is None:
+        return f"{text}; none is published for {column.removeprefix('ours_')} on this data set"
+    difference = round(mean, 3) - published + 0.0  # published with three decimals; + 0.0 makes of -0 a 0
+    return f"{text}, published: {published:.3f}, difference: {difference:+.3f}"
+
+
+def _compare(data: Dataset, negatives: Sequence[int], settings: argparse.Namespace) -> list[StepTimes]:
+    from pykernels.models._compare import compare_step_times
+
+    series = torch.tensor(np.asarray(data.X_train), dtype=getattr(torch, settings.dtype))
+    return [compare_step_times(series, k, backend=settings.backend) for k in negatives]
+
+
+def _join(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
