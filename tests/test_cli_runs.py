@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-for module in ("sklearn", "safetensors", "matplotlib", "tqdm"):
-    pytest.importorskip(module)
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
 from pykernels.cli import main
 from pykernels.data import load
 from pykernels.models import _run, _usrl_checkpoint
@@ -136,6 +138,16 @@ def test_reproduce_fills_a_run_folder(arguments, folder, tmp_path, capsys):
     assert len(rows(out)) == 1 + 2 * STEPS
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Quick ones: t-SNE takes longer than all the rest."""
+    import pykernels.models._curves as curves
+    import pykernels.models._picture as picture
+
+    monkeypatch.setattr(picture, "features_picture", lambda *args: b"picture")
+    monkeypatch.setattr(curves, "losses_picture", lambda *args: b"picture")
+
+
 class Signals:
     """Sends signals to this process during the training steps with these numbers."""
 
@@ -163,6 +175,7 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("steps", [(1,), (STEPS,), (STEPS + 1,), (5, 9), (4 * STEPS,), (4 * STEPS + 1, 20), (24,)])
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_run_goes_on_bit_for_bit(steps, arguments, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
     number = signal.SIGTERM if len(steps) > 1 else signal.SIGINT
@@ -187,7 +200,9 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize(("step", "save_every"), [(2, "0"), (2, "60"), (5, "0"), (14, "0"), (14, "60")])
-def test_a_crashed_run_goes_on_from_the_last_save(step, save_every, arguments, whole, tmp_path, monkeypatch):
+def test_a_crashed_run_goes_on_from_the_last_save(
+    step, save_every, arguments, whole, no_pictures, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
     count = itertools.count(1)
     original = EncoderTraining.step
@@ -206,7 +221,8 @@ def test_a_crashed_run_goes_on_from_the_last_save(step, save_every, arguments, w
     same_runs(out, whole)
 
 
-@pytest.mark.parametrize("where", ["_usrl.USRLTransformer", "save"])
+@pytest.mark.parametrize("where", ["fit", "save"])
+@pytest.mark.usefixtures("no_pictures")
 def test_interrupted_outside_the_training(where, arguments, whole, tmp_path, monkeypatch, capsys):
     """In the SVM's fit, and while a model is written."""
     out = tmp_path / "run"
@@ -247,17 +263,16 @@ def test_without_a_folder_the_first_signal_stops_at_once(arguments, monkeypatch,
 def test_a_process_that_is_interrupted(arguments, tmp_path):
     """With its progress bar, and signals from outside."""
     out = tmp_path / "run"
-    command = [a for a in arguments("train", out) if a != "--quiet"]
+    command = [a for a in arguments("train", out, "--save-every", "0.1") if a != "--quiet"]
     command[command.index("--steps") + 1] = "100000"
     with subprocess.Popen(
         [sys.executable, "-m", "pykernels", *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 60
-        while not (out / "metrics.csv").exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while not (out / "training.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        output, error = process.communicate(timeout=60)
+        output, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert output == ""
     assert "Traceback" not in error

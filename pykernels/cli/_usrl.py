@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +16,18 @@ import torch
 
 import pykernels
 from pykernels import _files
-from pykernels._errors import InputError, MissingExtraError, require
+from pykernels._errors import InputError, require
 from pykernels.backends import BACKENDS
 from pykernels.cli._info import cpu_name
+from pykernels.cli._job import Job
 from pykernels.cli._options import (
     REQUIRED,
     Parser,
     add_run_options,
-    check_same,
-    configuration,
     package_version,
     positive,
-    settle,
 )
 from pykernels.models import _run
-from pykernels.models._run import Run, RunFolder
 
 if TYPE_CHECKING:
     from pykernels.data import Dataset
@@ -112,63 +108,16 @@ def _add_settings(parser: Parser) -> None:
     add_run_options(parser)
 
 
-class _Job:
-    """A command with its settings, its data and its run.
-
-    Raises:
-        InputError, MissingExtraError: if it cannot work, before anything is trained or written.
-    """
-
-    def __init__(self, args: argparse.Namespace, *, needs_out: bool) -> None:
-        require("sklearn", "scikit-learn", "models", "pykernels usrl")
-        if not args.quiet:
-            require("tqdm", "tqdm", "models", "a progress bar (or give --quiet)")
-        if args.out is not None or args.resume is not None:
-            require("safetensors.torch", "safetensors", "models", "a run folder")
-        self.args = args
-        self.settings, self.folder = settle(args, needs_out=needs_out)
-        self.path: Path | None = args.out or args.resume
+class _Job(Job):
+    """A command on data sets, for one seed or several."""
 
     def load(self, *names: str) -> list[Dataset]:
         """Data sets, with the run folder made for them, or compared with those that it was made for."""
         from pykernels.data import load
 
-        settings = self.settings
-        if settings.backend is not None:
-            ok, reason = pykernels.available_backends()["causal_conv1d"][settings.backend]
-            if not ok:
-                raise InputError(f"--backend {settings.backend}: {reason}")
-        sets = [load(name, settings.folder) for name in names]
-        found = {data.name: _digest(data) for data in sets}
-        if self.folder is not None:
-            check_same(self.folder, found)
-        elif self.path is not None:
-            self.folder = RunFolder.create(self.path, configuration(self.args, settings, found))
+        sets = [load(name, self.settings.folder) for name in names]
+        self.begin({data.name: _digest(data) for data in sets})
         return sets
-
-    def say(self, text: str) -> None:
-        """Print a line of the result, unless it is to be JSON."""
-        if not self.args.json:
-            print(text, flush=True)
-
-    def finish(self, result: dict[str, Any]) -> int:
-        """Print the result as JSON if that is wanted, and keep it in the folder."""
-        if self.folder is not None:
-            self.folder.finish(result)
-            self.say(f"the run is in {self.folder.path}")
-        if self.args.json:
-            print(json.dumps(result, indent=2))
-        return 0
-
-    def finished(self) -> bool:
-        """Whether the run that is to be continued needs nothing more. Its result is printed then."""
-        result = None if self.folder is None else self.folder.result()
-        if self.folder is None or result is None:
-            return False
-        self.say(f"the run in {self.folder.path} is finished; its result is in {_run.RESULT}")
-        if self.args.json:
-            print(json.dumps(result, indent=2))
-        return True
 
     def train_seeds(
         self,
@@ -188,23 +137,16 @@ class _Job:
         Returns:
             The reports.
         """
+        from pykernels.models._curves import losses_picture
         from pykernels.models._usrl_checkpoint import Normalisation, SavedTrainings, save, save_trainings
         from pykernels.models.usrl import USRLTransformer
 
         settings, folder = self.settings, self.folder
-        training_file = None if folder is None else folder.path / _run.TRAINING
+        training_file = self.training_file()
         saved = SavedTrainings(training_file) if training_file is not None and training_file.is_file() else None
         reports: list[dict[str, Any]] = list(saved.values["reports"]) if saved else []
         normalisation = None if data.mean is None or data.std is None else Normalisation(data.mean, data.std)
-        resume = f"{self.args.parser.prog} --resume {shlex.quote(str(self.path))}"
-        with Run(
-            folder,
-            resume,
-            columns=METRICS,
-            metrics_size=saved.values["metrics"] if saved else None,
-            quiet=self.args.quiet,
-            save_every=self.args.save_every,
-        ) as run:
+        with self.run(METRICS, saved.values["metrics"] if saved else None) as run:
             for seed in seeds[len(reports) :]:
                 transformer = USRLTransformer(
                     negatives,
@@ -236,23 +178,14 @@ class _Job:
                     about = {"dataset": data.name, "source": source.name, "seed": seed}
                     path = folder.path / self.name("model.safetensors", seed)
                     save(model, path, normalisation=normalisation, about=about)
-                    self._picture_losses(negatives, transformer, seed)
+                    losses = {f"K = {k}": values for k, values in zip(negatives, transformer.losses_, strict=True)}
+                    self.picture(self.name("loss.png", seed), partial(losses_picture, losses))
         return reports
 
     def name(self, name: str, seed: int) -> str:
         """The name of a file of one seed: as it is if there is one seed only."""
         stem, _, suffix = name.partition(".")
         return name if getattr(self.settings, "seeds", 1) == 1 else f"{stem}-seed{seed}.{suffix}"
-
-    def _picture_losses(self, negatives: tuple[int, ...], transformer: USRLTransformer, seed: int) -> None:
-        assert self.folder is not None
-        from pykernels.models._curves import losses_picture
-
-        pairs = zip(negatives, transformer.losses_, strict=True)
-        try:
-            self.folder.write(self.name("loss.png", seed), losses_picture({f"K = {k}": values for k, values in pairs}))
-        except MissingExtraError as error:
-            print(f"pykernels: the run has no pictures: {error}", file=sys.stderr)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -281,7 +214,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _reproduce(args: argparse.Namespace) -> int:
     """Train encoders without labels, an SVM on their features, and print the accuracy beside the published one."""
-    job = _Job(args, needs_out=False)
+    job = _Job(args)
     if job.finished():
         return 0
     settings = job.settings
@@ -467,14 +400,14 @@ def _picture_features(
 
     subtitle = f"encoder {kind}, trained without labels; test accuracy {accuracy:.3f}"
     features = [transformer.transform(X) for X in (data.X_train, data.X_test)]
-    try:
-        if picture is not None:
-            _files.write(picture, features_picture(data, features[0], features[1], picture.suffix, subtitle))
-        if job.folder is not None and in_folder:
-            job.folder.write("features.png", features_picture(data, features[0], features[1], ".png", subtitle))
-    except MissingExtraError:
-        if picture is not None:
-            raise
+
+    def draw(suffix: str) -> bytes:
+        return features_picture(data, features[0], features[1], suffix, subtitle)
+
+    if picture is not None:
+        _files.write(picture, draw(picture.suffix))
+    if in_folder:
+        job.picture("features.png", lambda: draw(".png"))
 
 
 def _digest(data: Dataset) -> str:
