@@ -22,13 +22,14 @@ define setup
 @"$(driver)" tools/setup_env.py $(if $(VENV),--venv "$(env)") $(if $(TORCH),--torch "$(TORCH)") --for
 endef
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench docs lint clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   train a small encoder, compare it with plain PyTorch, draw out/gunpoint.png"
 	@echo "make test   all tests"
 	@echo "make bench  all benchmarks"
+	@echo "make docs   the documentation, built without network"
 	@echo "make lint   ruff, mypy and clang-format"
 	@echo "make clean  remove what was built; .venv stays"
 	@echo
@@ -49,6 +50,12 @@ bench:
 	$(python) bench/run.py $(ARGS)
 	$(python) -P -m pytest -q bench/test_micro.py
 
+# Warnings are errors here in any environment: a broken reference is one.
+docs:
+	$(setup) docs
+	$(python) -P -m sphinx -W --keep-going -q docs docs/_build
+	@echo "open $(CURDIR)/docs/_build/index.html"
+
 lint:
 	$(setup) lint
 	$(python) -m ruff check .
@@ -57,5 +64,5 @@ lint:
 	"$(env)/bin/clang-format" --dry-run --Werror $$(find kernels csrc -name '*.[ch]pp')
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

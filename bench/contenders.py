@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ def channels_last_layer(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) 
 def as_image(t: Tensor) -> Tensor:
     """(A, B, T) as (A, B, 1, T) in channels-last memory."""
     return t.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
+def training_step(encoder: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """One step on windows x: forward, backward, weight normalisation and Adam."""
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        features = forward(x)
+        features.square().mean().backward()
+        optimizer.step()
+        return features.detach()
+
+    return step
 
 
 class ChannelsLastEncoder(nn.Module):

@@ -22,11 +22,13 @@ STYLES = {
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Times of all contenders relative to pykernels, a row for each case, and on the right what they come to."""
-    cases = report["cases"]
+    cases = {name: case for name, case in report["cases"].items() if "share_of_gemm" in case}
     figure, axes = plt.subplots(figsize=(10, 0.36 * len(cases) + 1.7), layout="constrained")
     for row, (_, case) in enumerate(cases.items()):
         ours = case["contenders"]["pykernels"]["median_s"]
         for name, (color, marker, size) in STYLES.items():
+            if name not in case["contenders"]:
+                continue
             result = case["contenders"][name]
             low, high = (quartile / ours for quartile in result["quartiles_s"])
             axes.plot([low, high], [row, row], color=color, linewidth=1.5, zorder=2)

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import modes
 import torch
-from contenders import ChannelsLastEncoder, as_image, channels_last_layer, plain_layer
+from contenders import ChannelsLastEncoder, as_image, channels_last_layer, plain_layer, training_step
 from figure import draw
 from measure import ALLOWED_LOAD, Contender, Load, compare, copy_rate, gemm_rate, machine
+from modes import relative_error
 from torch import Tensor
 
 import pykernels
@@ -28,10 +30,6 @@ RESULTS = Path(__file__).parent / "results"
 #: Largest relative error, in the Euclidean norm against float64, of a float32 result whose time is reported. It tells
 #: right from wrong; the tests hold the errors to what plain PyTorch makes.
 ALLOWED_ERROR = 1e-3
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected).norm() / expected.norm())
 
 
 def live_flops(batch: int, in_channels: int, out_channels: int, length: int, kernel_size: int, dilation: int) -> int:
@@ -47,36 +45,45 @@ def encoder_flops(encoder: CausalCNNEncoder, batch: int, length: int) -> int:
     return 3 * sum(live_flops(*size) for size in sizes)
 
 
-def verdict(results: dict[str, dict[str, Any]], errors: dict[str, float], flops: int, peak: float) -> dict[str, Any]:
-    """Speed against the fastest of the others, and against the machine's measured GEMM rate."""
+def verdict(
+    results: dict[str, dict[str, Any]],
+    errors: dict[str, float],
+    *,
+    flops: int = 0,
+    peak: float = 0.0,
+    moved: int = 0,
+    copy: float = 0.0,
+) -> dict[str, Any]:
+    """Speed against the fastest of the others that were checked, and against the measured limit, if one is given.
+
+    Args:
+        flops, peak: of the work, and of a GEMM per second.
+        moved, copy: bytes that the work must move, and that a copy moves per second.
+    """
     wrong = {name: error for name, error in errors.items() if not error <= ALLOWED_ERROR}
     if wrong:
         raise SystemExit(f"results differ, no speed is reported: {wrong}")
     ours = results["pykernels"]["median_s"]
-    others = {name: r["median_s"] for name, r in results.items() if name != "pykernels"}
+    others = {name: results[name]["median_s"] for name in errors if not name.startswith("pykernels")}
     fastest = min(others, key=others.__getitem__)
-    return {
+    found = {
         "contenders": results,
         "errors": errors,
         "fastest_other": fastest,
         "speedup": others[fastest] / ours,
-        "flop_per_s": flops / ours,
-        "share_of_gemm": flops / ours / peak,
     }
+    if flops:
+        found |= {"flop_per_s": flops / ours, "share_of_gemm": flops / ours / peak}
+    if moved:
+        found |= {"bytes_per_s": moved / ours, "share_of_copy": moved / ours / copy}
+    return found
 
 
-def training_step(encoder: torch.nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """One step on ten windows: forward, backward, weight normalisation and Adam."""
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3, fused=True)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        features = forward(x)
-        features.square().mean().backward()
-        optimizer.step()
-        return features.detach()
-
-    return step
+def bench_mode(
+    runs: modes.Runs, errors: dict[str, float], args: argparse.Namespace, seconds: float, **limits: Any
+) -> dict[str, Any]:
+    results = compare([Contender(*c) for c in runs.items()], seconds=seconds, most_threads=args.threads)
+    return verdict(results, errors, **limits)
 
 
 def bench_encoder(length: int, args: argparse.Namespace, peak: float) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def bench_encoder(length: int, args: argparse.Namespace, peak: float) -> dict[st
         for key, parameter in encoder.named_parameters():
             errors[name] = max(errors[name], relative_error(parameter.grad, gradients[key]))
     results = compare([Contender(*c) for c in steps.items()], seconds=args.seconds * 4, most_threads=args.threads)
-    return verdict(results, errors, encoder_flops(ours, 10, length), peak)
+    return verdict(results, errors, flops=encoder_flops(ours, 10, length), peak=peak)
 
 
 def bench_layer(
@@ -131,7 +138,12 @@ def bench_layer(
         errors[name] = max(map(relative_error, values, expected))
     results = compare([Contender(*c) for c in runs.items()], seconds=args.seconds, most_threads=args.threads)
     flops = live_flops(batch, channels, channels, length, 3, dilation) * (3 if backward else 1)
-    return verdict(results, errors, flops, peak)
+    return verdict(results, errors, flops=flops, peak=peak)
+
+
+def bench_depthwise(backward: bool, args: argparse.Namespace, copy: float) -> dict[str, Any]:
+    runs, errors, moved = modes.depthwise(backward)
+    return bench_mode(runs, errors, args, args.seconds, moved=moved, copy=copy)
 
 
 def _layer(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
@@ -202,17 +214,32 @@ def main() -> int:
                 what = "forward and backward" if backward else "forward"
                 name = f"layer {'x'.join(map(str, shape))}, dilation {dilation}, {what}"
                 cases[name] = lambda a=(shape, dilation, backward): bench_layer(*a, args, peak)
-    cases["layer 16x64x4096, dilation 1, forward"] = lambda: bench_layer((16, 64, 4096), 1, False, args, peak)
+    for backward in (False, True):
+        what = "forward and backward" if backward else "forward"
+        cases[f"layer 16x64x4096, dilation 1, {what}"] = lambda b=backward: bench_layer(
+            (16, 64, 4096), 1, b, args, peak
+        )
+        cases[f"depthwise 1x8192x1024, width 4, silu, {what}"] = lambda b=backward: bench_depthwise(
+            b, args, report["limits"]["copy_bytes_per_s"]
+        )
+    cases["ragged training step, 60 windows of 1 to 150"] = lambda: bench_mode(
+        *modes.ragged_step(), args, args.seconds * 4
+    )
+    for batch in (1, 16):
+        cases[f"streaming encoder, one sample of {batch} series"] = lambda b=batch: bench_mode(
+            *modes.streaming(b), args, args.seconds * 2
+        )
     for name, case in cases.items():
         if args.only in name:
             torch.compiler.reset()
             report["cases"][name] = result = case()
-            times = ", ".join(f"{n} {r['median_s'] * 1e3:.2f} ms" for n, r in result["contenders"].items())
-            print(
-                f"{name}: {result['speedup']:.2f} x {result['fastest_other']}, "
-                f"{result['share_of_gemm']:.0%} of GEMM ({times})",
-                flush=True,
-            )
+            times = ", ".join(f"{n} {r['median_s'] * 1e3:.3f} ms" for n, r in result["contenders"].items())
+            shares = [f", {result[f'share_of_{k}']:.0%} of {k}" for k in ("gemm", "copy") if f"share_of_{k}" in result]
+            print(f"{name}: {result['speedup']:.2f} x {result['fastest_other']}{''.join(shares)} ({times})", flush=True)
+    report["memory"] = {name: modes.memory(name) for name in modes.MEMORY_CASES if args.only in name}
+    for name, result in report["memory"].items():
+        peaks = ", ".join(f"{n} {b / 1e6:.1f} MB" for n, b in result["peak_bytes"].items())
+        print(f"memory of {name}, forward and backward: needed {result['needed_bytes'] / 1e6:.1f} MB, peaks {peaks}")
     report["call_overhead_s"] = call_overhead()
     print("call overhead: " + ", ".join(f"{n} {s * 1e6:.1f} us" for n, s in report["call_overhead_s"].items()))
     report["machine"]["load_of_others"] = others = load.others()

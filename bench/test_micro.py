@@ -16,10 +16,14 @@ def _inputs(case, requires_grad):
     return [torch.randn(s, generator=generator).requires_grad_(requires_grad) for s in shapes], dilation
 
 
+def _reference(x, weight, bias, dilation):
+    return reference.causal_conv1d(x, weight, bias, None, None, None, None, dilation, 1, "relu", 0.01, False)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_forward(benchmark, case):
     tensors, dilation = _inputs(case, requires_grad=False)
-    expected = reference.causal_conv1d(*tensors, None, dilation, "relu", 0.01)
+    expected = _reference(*tensors, dilation)
     y = benchmark(lambda: pykernels.causal_conv1d(*tensors, dilation=dilation, activation="relu"))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
@@ -27,7 +31,7 @@ def test_forward(benchmark, case):
 @pytest.mark.parametrize("case", CASES)
 def test_backward(benchmark, case):
     tensors, dilation = _inputs(case, requires_grad=True)
-    expected = torch.autograd.grad(reference.causal_conv1d(*tensors, None, dilation, "relu", 0.01).sum(), tensors)
+    expected = torch.autograd.grad(_reference(*tensors, dilation).sum(), tensors)
 
     def run():
         y = pykernels.causal_conv1d(*tensors, dilation=dilation, activation="relu")

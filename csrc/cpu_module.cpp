@@ -15,6 +15,7 @@
 
 #include "causal_conv/causal_conv.hpp"
 #include "causal_conv/pooled.hpp"
+#include "causal_conv/stream.hpp"
 #include "causal_conv/weight_norm.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
@@ -122,7 +123,7 @@ void forward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t x, 
              int threads) {
     const py::gil_scoped_release release;
     const auto [pool_value, pool_time, pool_h] = pool;
-    const std::int64_t length = shape.length;
+    const std::int64_t length = shape.length, x_samples = shape.batch * length;
     const Spans spans(shape, sequences);
     if (pool_value != 0)
         for (std::int64_t i = 0; i < shape.batch; ++i)
@@ -142,6 +143,9 @@ void forward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t x, 
                                      static_cast<T>(negative_slope),
                                      residual_before_activation,
                                      threads};
+    const auto bytes = static_cast<std::size_t>(x_samples * shape.out_channels) * sizeof(T);
+    if (y != 0) pk::expect_writes(pointer<T>(y), bytes);
+    if (saved != 0) pk::expect_writes(pointer<T>(saved), bytes);
     pk::causal_conv_forward(p);
     spans.clear_padding(pointer<T>(y), shape.out_channels);
     spans.clear_padding(pointer<T>(saved), shape.out_channels);
@@ -175,6 +179,9 @@ void backward(pk::ConvShape shape, const Sequences& sequences, std::uintptr_t gr
               int threads) {
     const py::gil_scoped_release release;
     const std::int64_t length = shape.length;
+    if (grad_x != 0)
+        pk::expect_writes(pointer<T>(grad_x),
+                          static_cast<std::size_t>(shape.batch * shape.in_channels * length) * sizeof(T));
     const Spans spans(shape, sequences);
     const pk::CausalConvBackward<T> p{shape,
                                       spans.of<const T>(grad_y, grad_y_strides),
@@ -241,6 +248,122 @@ void causal_conv1d_backward_at(bool is_double, const Strides& x_shape, const Str
                                                            threads);
 }
 
+// (in channels, out channels, kernel size, dilation, groups), and addresses of packed weights, bias and ring.
+using ConvSizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+using StepRecord = std::tuple<ConvSizes, Addresses, int, double, bool>;
+
+template <class T>
+pk::StepConv<T> step_conv(const StepRecord& record) {
+    const auto& [sizes, addresses, activation, negative_slope, residual_before_activation] = record;
+    const auto [in_channels, out_channels, kernel_size, dilation, groups] = sizes;
+    const auto [packed, bias, ring] = addresses;
+    if (in_channels < 1 || out_channels < 1 || kernel_size < 1 || dilation < 1 || groups < 1 ||
+        in_channels % groups != 0 || out_channels % groups != 0 || packed == 0 || (kernel_size > 1 && ring == 0))
+        throw std::invalid_argument("inconsistent sizes; call pykernels.causal_conv1d_step, which says what is wrong");
+    return {in_channels,
+            out_channels,
+            kernel_size,
+            dilation,
+            groups,
+            pointer<const T>(packed),
+            pointer<const T>(bias),
+            activation_from(activation),
+            static_cast<T>(negative_slope),
+            residual_before_activation,
+            pointer<T>(ring)};
+}
+
+template <class T>
+void step(const StepRecord& record, std::int64_t batch, std::int64_t time, std::uintptr_t x, std::int64_t x_stride,
+          std::uintptr_t residual, std::int64_t residual_stride, std::uintptr_t y, int threads) {
+    const pk::StepConv<T> conv = step_conv<T>(record);
+    const pk::Step<T> p{conv,
+                        batch,
+                        time,
+                        pointer<const T>(x),
+                        x_stride,
+                        pointer<const T>(residual),
+                        residual_stride,
+                        pointer<T>(y),
+                        conv.out_channels,
+                        threads};
+    const py::gil_scoped_release release;
+    pk::causal_conv_step(p);
+}
+
+void causal_conv1d_step(bool is_double, const StepRecord& record, std::int64_t batch, std::int64_t time,
+                        std::uintptr_t x, std::int64_t x_stride, std::uintptr_t residual, std::int64_t residual_stride,
+                        std::uintptr_t y, int threads) {
+    (is_double ? step<double> : step<float>)(record, batch, time, x, x_stride, residual, residual_stride, y, threads);
+}
+
+// A network that advances sample by sample. The memory behind the addresses belongs to the caller.
+template <class T>
+class Stream {
+public:
+    using Record = std::tuple<StepRecord, int, int, int>;  // convolution, columns read, added and written
+
+    Stream(const std::vector<Record>& layers, const StepRecord& head, std::int64_t batch)
+        : head_{step_conv<T>(head), 0, -1, 0}, batch_(batch) {
+        std::vector<std::int64_t> width(1, 0);  // of the columns, 0 where nothing was written yet
+        for (const auto& [record, input, residual, output] : layers) {
+            const pk::StreamLayer<T> layer{step_conv<T>(record), input, residual, output};
+            if (layers_.empty()) width[0] = layer.conv.in_channels;
+            const auto holds = [&](int column, std::int64_t channels) {
+                return column >= 0 && column < static_cast<int>(width.size()) &&
+                       width[static_cast<std::size_t>(column)] == channels;
+            };
+            if (!holds(input, layer.conv.in_channels) ||
+                (residual != -1 && !holds(residual, layer.conv.out_channels)) || output < 0 || output == input ||
+                output == residual || output > 1 << 20)
+                throw std::invalid_argument("the layers of the stream do not fit together");
+            if (output >= static_cast<int>(width.size())) width.resize(static_cast<std::size_t>(output) + 1, 0);
+            width[static_cast<std::size_t>(output)] = layer.conv.out_channels;
+            widest_ = std::max({widest_, layer.conv.in_channels, layer.conv.out_channels});
+            layers_.push_back(layer);
+        }
+        if (layers_.empty() || batch < 1 || head_.conv.kernel_size != 1 ||
+            head_.conv.in_channels != layers_.back().conv.out_channels)
+            throw std::invalid_argument("a stream needs layers, a head of width 1 that fits, and at least one sample");
+        columns_ = static_cast<int>(width.size());
+    }
+
+    void run(std::int64_t time, std::int64_t steps, std::uintptr_t x, const Strides& strides, std::uintptr_t maximum,
+             std::uintptr_t features, int threads) const {
+        const auto [batch_stride, channel_stride, time_stride] = strides;
+        const pk::Stream<T> p{layers_.data(),
+                              static_cast<int>(layers_.size()),
+                              columns_,
+                              widest_,
+                              head_,
+                              batch_,
+                              time,
+                              steps,
+                              pointer<const T>(x),
+                              batch_stride,
+                              channel_stride,
+                              time_stride,
+                              pointer<T>(maximum),
+                              pointer<T>(features),
+                              threads};
+        const py::gil_scoped_release release;
+        pk::causal_conv_stream(p);
+    }
+
+private:
+    std::vector<pk::StreamLayer<T>> layers_;
+    pk::StreamLayer<T> head_;
+    std::int64_t batch_, widest_ = 0;
+    int columns_ = 0;
+};
+
+template <class T>
+void define_stream(py::module_& m, const char* name) {
+    py::class_<Stream<T>>(m, name)
+        .def(py::init<const std::vector<typename Stream<T>::Record>&, const StepRecord&, std::int64_t>())
+        .def("run", &Stream<T>::run);
+}
+
 // Addresses and sizes of one weight, as the fields of WeightNormForward or WeightNormBackward.
 using WeightNormForwardRecord = std::array<std::uintptr_t, 5>;
 using WeightNormBackwardRecord = std::array<std::uintptr_t, 7>;
@@ -304,9 +427,15 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("capability", [] { return public_name(pk::active_isa()); }, "Name of the capability in use.");
     m.def("set_capability", &set_capability, py::arg("name"));
     m.def("has_openmp", &pk::has_openmp);
+    m.def("expect_writes", [](std::uintptr_t address, std::size_t bytes) {
+        pk::expect_writes(reinterpret_cast<void*>(address), bytes);
+    });
     m.def("causal_conv1d_forward", &causal_conv1d_forward);
     m.def("causal_conv1d_backward", &causal_conv1d_backward);
     m.def("causal_conv1d_backward_at", &causal_conv1d_backward_at);
+    m.def("causal_conv1d_step", &causal_conv1d_step);
+    define_stream<float>(m, "StreamFloat");
+    define_stream<double>(m, "StreamDouble");
     m.def("weight_norm_forward", &weight_norm_forward);
     m.def("weight_norm_backward", &weight_norm_backward);
 }

@@ -3,18 +3,22 @@
 from importlib.metadata import version as _version
 
 from pykernels import export, nn
+from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
-from pykernels.ops import causal_conv1d
+from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step
 
 __version__ = _version("pykernels")
 
 __all__ = [
+    "ConvState",
     "available_backends",
     "backend",
     "causal_conv1d",
+    "causal_conv1d_step",
     "cpu_capabilities",
     "cpu_capability",
+    "explain",
     "export",
     "nn",
     "set_cpu_capability",

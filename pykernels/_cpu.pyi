@@ -5,6 +5,7 @@ def capabilities() -> list[str]: ...
 def capability() -> str: ...
 def set_capability(name: str) -> None: ...
 def has_openmp() -> bool: ...
+def expect_writes(address: int, bytes: int, /) -> None: ...
 def causal_conv1d_forward(
     is_double: bool,
     x_shape: _Shape,
@@ -69,6 +70,31 @@ def causal_conv1d_backward_at(
     threads: int,
     /,
 ) -> None: ...
+
+_ConvRecord = tuple[tuple[int, int, int, int, int], tuple[int, int, int], int, float, bool]
+
+def causal_conv1d_step(
+    is_double: bool,
+    record: _ConvRecord,
+    batch: int,
+    time: int,
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+
+class StreamFloat:
+    def __init__(self, layers: list[tuple[_ConvRecord, int, int, int]], head: _ConvRecord, batch: int, /) -> None: ...
+    def run(
+        self, time: int, steps: int, x: int, strides: _Shape, maximum: int, features: int, threads: int, /
+    ) -> None: ...
+
+class StreamDouble(StreamFloat): ...
+
 def weight_norm_forward(is_double: bool, records: list[tuple[int, int, int, int, int]], threads: int, /) -> None: ...
 def weight_norm_backward(
     is_double: bool, records: list[tuple[int, int, int, int, int, int, int]], threads: int, /

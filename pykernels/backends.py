@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 #: Every backend, in the order in which the automatic choice tries them.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 class Answer(NamedTuple):
@@ -46,13 +46,30 @@ class Implementation:
     available: Callable[[], Answer]
 
 
+class Cost(NamedTuple):
+    """The work of a call: floating-point operations, and bytes that have to be read or written at least once."""
+
+    flops: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Operator:
-    """An operator and its backends. ``check`` compares a backend, given by name, with the reference."""
+    """An operator and its backends.
+
+    Args:
+        name: also what the names of its raw operators start with.
+        implementations: by backend, in the order in which the automatic choice tries them.
+        check: compares a backend, given by name, with the reference.
+        path: what a call that runs in a kernel of its own is called by :func:`pykernels.explain`.
+        cost: the work of a forward call, from the arguments of ``run``.
+    """
 
     name: str
     implementations: dict[str, Implementation]
     check: Callable[[str], Check]
+    path: str = "own kernel"
+    cost: Callable[..., Cost] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,56 @@ class _State:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+class Recorder(Protocol):
+    """What :func:`pykernels.explain` puts between the calls and the kernels."""
+
+    def watch(self, operator: Operator, requested: str | None, chosen: Implementation, args: Any) -> Implementation: ...
+
+    def ran(self, op: torch._ops.OpOverload, run: Callable[..., Any], cost: Any, args: tuple[Any, ...]) -> Any: ...
+
+
+_recorder: Recorder | None = None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_recording() -> bool:
+    """A function, so that torch.compile puts no guard on the answer, and recompiles nothing to have it explained."""
+    return _recorder is not None
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Tell ``recorder`` of every choice of a backend and of every raw operator that runs, in the whole process.
+
+    Raises:
+        RuntimeError: inside itself.
+    """
+    global _recorder
+    if _recorder is not None:
+        raise RuntimeError("pykernels.explain is already running, and cannot explain itself")
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def observed(
+    op: torch._ops.OpOverload, run: Callable[..., Any], cost: Callable[..., Cost] | None = None
+) -> Callable[..., Any]:
+    """``run``, which implements the raw operator ``op``, in sight of :func:`pykernels.explain`.
+
+    ``cost`` is the work of a call, from the arguments of ``run``.
+    """
+
+    def kernel(*args: Any) -> Any:
+        if _recorder is None:
+            return run(*args)
+        return _recorder.ran(op, run, cost, args)
+
+    return kernel
 
 
 def register(operator: Operator) -> Operator:
@@ -134,7 +201,7 @@ def select(operator: Operator, requested: str | None, *args: Any) -> Implementat
             if answer.ok:
                 if candidate == "reference":
                     _warn_fallback(operator.name, first_reason)
-                return implementation
+                return _watched(operator, requested, implementation, args) if is_recording() else implementation
             first_reason = first_reason or f"{candidate}: {answer.reason}"
         raise RuntimeError(f"no backend can run {operator.name} ({first_reason})")
     _check_name(name, "backend")
@@ -144,7 +211,20 @@ def select(operator: Operator, requested: str | None, *args: Any) -> Implementat
     answer = implementation.can_run(*args)
     if not answer.ok:
         raise RuntimeError(f"backend {name!r} cannot run {operator.name}: {answer.reason}")
-    return implementation
+    return _watched(operator, requested, implementation, args) if is_recording() else implementation
+
+
+def _watched(operator: Operator, requested: str | None, chosen: Implementation, args: Any) -> Implementation:
+    if _recorder is None or torch.compiler.is_compiling():  # what is compiled shows when its raw operators run
+        return chosen
+    return _recorder.watch(operator, requested, chosen, args)
+
+
+def requested_by(argument: str | None) -> str:
+    """In words, who asked for a backend in a call whose ``backend`` is ``argument``."""
+    if argument is not None:
+        return "backend= argument"
+    return "automatic choice" if _state.requested is None else "pykernels.backend context or PYKERNELS_BACKEND"
 
 
 def _warn_fallback(operator: str, reason: str) -> None:

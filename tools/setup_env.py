@@ -1,4 +1,4 @@
-"""Bring an environment up to date for `make demo`, `make test`, `make bench` or `make lint`.
+"""Bring an environment up to date for `make demo`, `make test`, `make bench`, `make docs` or `make lint`.
 
 Without --venv it makes and reuses .venv, pinned by constraints.txt. With --venv it completes an environment that has
 torch and leaves that torch as it is. Where nothing has changed since the last run it installs nothing and needs no
@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUM_PYTHON = (3, 11)
-EXTRAS = ("models", "data", "plot")
-GROUPS = {"demo": (), "bench": ("test",), "test": ("test",), "lint": ("lint",)}
+EXTRAS = ("models", "data", "plot", "triton")
+GROUPS = {"demo": (), "bench": ("test",), "test": ("test",), "docs": ("docs",), "lint": ("lint",)}
 # scikit-build-core asks for these under build isolation only. Without isolation a rebuild works offline.
 BUILD_PROGRAMS = ("cmake>=3.18", "ninja")
 PACKAGE_SOURCES = ("pyproject.toml", "CMakeLists.txt", "kernels", "csrc", "pykernels")

@@ -8,6 +8,9 @@
 
 PK_ISA_BEGIN
 
+// Whether act' follows from the argument of the activation only, and not from its value.
+PK_INLINE bool needs_argument(Activation a) { return a == Activation::silu || a == Activation::gelu; }
+
 template <class T>
 PK_INLINE Vec<T> silu(Vec<T> z) {
     return z * sigmoid(z);

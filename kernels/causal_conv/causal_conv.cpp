@@ -1,6 +1,7 @@
 #include "causal_conv/causal_conv.hpp"
 
 #include "causal_conv/pooled.hpp"
+#include "causal_conv/stream.hpp"
 #include "causal_conv/weight_norm.hpp"
 #include "common/dispatch.hpp"
 
@@ -26,5 +27,10 @@ void weight_norm_backward(const WeightNormBackward<double>* weights, std::int64_
 
 void causal_conv_backward_at(const CausalConvBackwardAt<float>& p) { PK_CALL_ACTIVE(causal_conv_backward_at, (p)); }
 void causal_conv_backward_at(const CausalConvBackwardAt<double>& p) { PK_CALL_ACTIVE(causal_conv_backward_at, (p)); }
+
+void causal_conv_step(const Step<float>& p) { PK_CALL_ACTIVE(causal_conv_step, (p)); }
+void causal_conv_step(const Step<double>& p) { PK_CALL_ACTIVE(causal_conv_step, (p)); }
+void causal_conv_stream(const Stream<float>& p) { PK_CALL_ACTIVE(causal_conv_stream, (p)); }
+void causal_conv_stream(const Stream<double>& p) { PK_CALL_ACTIVE(causal_conv_stream, (p)); }
 
 }  // namespace pk

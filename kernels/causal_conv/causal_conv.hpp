@@ -19,9 +19,6 @@ namespace pk {
 
 enum class Activation : int { none, relu, leaky_relu, tanh, silu, gelu };
 
-// Whether act' follows from the argument of the activation only, and not from its value.
-inline constexpr bool needs_argument(Activation a) { return a == Activation::silu || a == Activation::gelu; }
-
 // A (batch, channel, time) view of somebody else's memory; strides in elements, any sign or zero.
 template <class T>
 struct View3 {

@@ -23,7 +23,6 @@
 //
 // Cost: 2 O C K B T flops forward (dead taps excepted) and twice that backward; forward reads x and writes y once.
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -988,15 +987,15 @@ void run_dense(const CausalConvBackward<double>& p) { backward_dense(p); }
 template <class Problem>
 struct GroupTask {
     const Problem& p;
-    std::atomic<bool>& failed;
+    bool* failed;
 
     void operator()(Index group) const {
         Problem part = group_of(p, group);
         part.threads = 1;
         try {
             run_dense(part);
-        } catch (...) {  // only scratch memory can run out
-            failed = true;
+        } catch (...) {                                        // only scratch memory can run out
+            __atomic_store_n(failed, true, __ATOMIC_RELAXED);  // std::atomic is code that units would share
         }
     }
     static void run(const void* task, Index group, int) { (*static_cast<const GroupTask*>(task))(group); }
@@ -1011,8 +1010,8 @@ void run_groups(const Problem& p) {
         for (Index group = 0; group < s.groups; ++group) run_dense(group_of(p, group));
         return;
     }
-    std::atomic<bool> failed{false};
-    const GroupTask<Problem> task{p, failed};
+    bool failed = false;
+    const GroupTask<Problem> task{p, &failed};
     parallel_tasks(s.groups, workers, GroupTask<Problem>::run, &task);
     if (failed) throw_out_of_memory();
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -11,6 +12,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #define PK_HAS_FORK 1
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace pk {
@@ -96,6 +100,19 @@ void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* 
 #endif
     (void)threads;
     for (std::int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+}
+
+void expect_writes(void* data, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
+    if (bytes < 2 * page) return;
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a wish
+#else
+    (void)data;
+    (void)bytes;
+#endif
 }
 
 void throw_out_of_memory() { throw std::bad_alloc(); }

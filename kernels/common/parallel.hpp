@@ -1,4 +1,4 @@
-// A parallel loop over independent tasks, and the scratch memory that such loops use.
+// A parallel loop over independent tasks, and the memory that such loops use and write.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,10 @@ void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* 
 int usable_threads(int threads);
 
 bool has_openmp();
+
+// Asks for huge pages behind `bytes` of memory that is about to be written: new memory of many megabytes otherwise costs more
+// in page faults than a convolution in arithmetic. Does nothing where the system has no such request.
+void expect_writes(void* data, std::size_t bytes);
 
 // Throws std::bad_alloc.
 [[noreturn]] void throw_out_of_memory();

@@ -1,4 +1,4 @@
-"""A picture of a data set and of what an encoder makes of it. Needs matplotlib (the extra ``plot``)."""
+"""Pictures of series and of what an encoder makes of them. Needs matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pykernels._errors import InputError, require
 from pykernels.data import Dataset
 
 SERIES_PER_CLASS = 5
+LONG_SERIES_POINTS = 1500
 # Okabe and Ito's colours, told apart with any colour vision, without the pale yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -80,6 +81,75 @@ def features_picture(
         axes.spines[["top", "right"]].set_visible(False)
         if len(classes) <= len(COLOURS):
             axes.legend(frameon=False, fontsize=9)
+    return _saved(figure, suffix)
+
+
+def long_series_picture(
+    series: npt.NDArray[Any],
+    width: int,
+    starts: npt.NDArray[Any],
+    features: npt.NDArray[Any],
+    clusters: npt.NDArray[Any],
+    suffix: str,
+    *,
+    unit: str = "value",
+) -> bytes:
+    """What the windows of a long series have in common: their clusters, in time and by their features.
+
+    Above, the first 28 windows' length of the series, each stretch in the colour of the cluster of the window that
+    begins with it; below, the features in two dimensions by t-SNE (of at most 1500 windows, evenly spread), and the
+    mean window of each cluster.
+
+    Args:
+        series: shape (T,).
+        width, starts: the windows, ``series[start : start + width]``; ``starts`` has shape (N,), in order.
+        features: of the windows, shape (N, F).
+        clusters: of the windows, numbers from 0, shape (N,).
+        suffix: format of the picture, such as ``".png"``.
+        unit: of the series.
+    """
+    figure_module = require("matplotlib.figure", "matplotlib", "plot", "a picture")
+    figure = figure_module.Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplot_mosaic([["series", "series"], ["plane", "means"]])
+    colours = _colours(int(clusters.max()) + 1)
+
+    shown = np.flatnonzero(starts < starts[0] + 28 * width)
+    ends = np.append(starts[1:], starts[-1] + width)
+    for i in shown:
+        time = np.arange(starts[i], min(ends[i] + 1, len(series)))
+        axes["series"].plot(time, series[time], color=colours[clusters[i]], linewidth=0.6)
+    axes["series"].set_title("The series, in the colour of the cluster of the window that begins there", fontsize=11)
+    axes["series"].set_xlabel("sample")
+    axes["series"].set_ylabel(unit)
+    axes["series"].margins(x=0)
+
+    chosen = np.unique(np.linspace(0, len(starts) - 1, LONG_SERIES_POINTS).astype(int))
+    points = _plane(features[chosen])
+    for cluster, colour in enumerate(colours):
+        position = points[clusters[chosen] == cluster]
+        axes["plane"].scatter(*position.T, s=9, color=colour, linewidth=0, label=f"cluster {cluster + 1}")
+    axes["plane"].set_title("Features in two dimensions (t-SNE)", fontsize=11)
+    axes["plane"].set_xlabel("t-SNE, first coordinate")
+    axes["plane"].set_ylabel("t-SNE, second coordinate")
+    axes["plane"].set_xticks([])
+    axes["plane"].set_yticks([])
+
+    windows = np.lib.stride_tricks.sliding_window_view(series, width)
+    for cluster, colour in enumerate(colours):
+        own = starts[clusters == cluster]
+        mean = np.mean([windows[start] for start in own], axis=0)
+        axes["means"].plot(mean, color=colour, linewidth=1, label=f"{len(own)} windows")
+    axes["means"].set_title("Mean window of each cluster", fontsize=11)
+    axes["means"].set_xlabel("sample of the window")
+    axes["means"].set_ylabel(unit)
+    for panel in axes.values():
+        panel.spines[["top", "right"]].set_visible(False)
+    for name in ("plane", "means"):
+        axes[name].legend(frameon=False, fontsize=8)
+    return _saved(figure, suffix)
+
+
+def _saved(figure: Any, suffix: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix.removeprefix(".").lower(), dpi=160)
     return buffer.getvalue()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
-from pykernels.ops import BlockWeights, causal_conv1d, causal_conv_block, causal_conv_stack
+from pykernels.ops import BlockWeights, CausalConvStream, causal_conv1d, causal_conv_block, causal_conv_stack
 from pykernels.ops import weight_norm as weight_norm_op
 
 
@@ -245,6 +245,23 @@ class CausalCNNEncoder(nn.Module):
         )
         y: Tensor = self.linear(features)
         return y
+
+    def stream(self, batch_size: int = 1) -> CausalConvStream:
+        """Online encoding of ``batch_size`` endless series, sample by sample, with the weights of now.
+
+        ``stream.step(x_t)`` takes the next sample of each, (B, in_channels), and returns the features (B, out_channels)
+        of the series so far, those that the encoder gives for the whole series. CPU, float32 or float64.
+        """
+        with torch.no_grad():
+            blocks, weights = self._blocks(), self._normalised_weights()
+            return CausalConvStream(
+                [block.weights(*weights[2 * i : 2 * i + 2]) for i, block in enumerate(blocks)],
+                [block.conv1.dilation[0] for block in blocks],
+                self.linear.weight,
+                self.linear.bias,
+                batch_size=batch_size,
+                negative_slope=blocks[0].conv1.negative_slope,
+            )
 
     @contextmanager
     def folded(self) -> Iterator[None]:

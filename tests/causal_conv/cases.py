@@ -13,7 +13,7 @@ from torch import Tensor
 import pykernels
 from pykernels.backends import OPERATORS
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "tanh")
+ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "silu", "gelu")
 
 
 class Runner(NamedTuple):
@@ -35,7 +35,7 @@ COMPILED = [Runner("cpu", capability) for capability in pykernels.cpu_capabiliti
 RUNNERS = COMPILED + [
     Runner(backend)
     for backend, implementation in OPERATORS["causal_conv1d"].implementations.items()
-    if backend != "cpu" and implementation.available().ok
+    if backend != "cpu" and implementation.can_run(torch.zeros(1, 1, 1)).ok
 ]
 
 
@@ -92,7 +92,7 @@ def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor
         return z
     if activation == "leaky_relu":
         return F.leaky_relu(z, negative_slope)
-    return {"relu": torch.relu, "tanh": torch.tanh}[activation](z)
+    return {"relu": torch.relu, "tanh": torch.tanh, "silu": F.silu, "gelu": F.gelu}[activation](z)
 
 
 def definition(

@@ -73,7 +73,7 @@ def test_convolution_has_the_constructor_and_the_state_of_conv1d():
 
 @pytest.mark.parametrize(
     "options",
-    [{"stride": 2}, {"stride": (2,)}, {"padding": 1}, {"padding": "same"}, {"groups": 2}, {"padding_mode": "circular"}],
+    [{"stride": 2}, {"stride": (2,)}, {"padding": 1}, {"padding": "same"}, {"padding_mode": "circular"}],
     ids=str,
 )
 def test_convolution_refuses_what_it_cannot_do(options):
@@ -93,7 +93,7 @@ def test_convolution_refuses_wrong_inputs():
     with pytest.raises(TypeError, match="dtype"):
         layer(torch.randn(2, 3, 10).double())
     with pytest.raises(ValueError, match="activation"):
-        CausalConv1d(3, 4, 3, activation="gelu")(torch.randn(2, 3, 10))
+        CausalConv1d(3, 4, 3, activation="elu")(torch.randn(2, 3, 10))
 
 
 def test_convolution_says_what_it_does():
@@ -113,9 +113,9 @@ def test_backend_of_a_layer(runner):
     expected = layer(x)
     with pykernels.backend(other):
         assert torch.equal(layer(x), expected)
-    half = CausalConv1d(3, 4, 3, backend="cpu", dtype=torch.float16)
+    meta = CausalConv1d(3, 4, 3, backend="cpu", device="meta")
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run"):
-        half(x.half())
+        meta(x.to("meta"))
 
 
 def test_receptive_field_of_a_block(capability):

@@ -6,8 +6,9 @@ import torch
 
 pytest.importorskip("sklearn")
 import pykernels.models._compare as compare
+import pykernels.models._picture as picture_module
 from pykernels.data import Dataset
-from pykernels.models._picture import check_format, features_picture
+from pykernels.models._picture import check_format, features_picture, long_series_picture
 from pykernels.models._triplet import Ragged
 
 
@@ -71,6 +72,19 @@ def test_picture(n_classes, channels, ragged, suffix, start):
         # Words are drawn as paths, each after a comment with its text.
         for words in ("Toy: up to 5 training series", "class c2, test", "a subtitle", "sample"):
             assert words in text
+
+
+def test_picture_of_a_long_series(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(picture_module, "LONG_SERIES_POINTS", 30)
+    rng = np.random.default_rng(0)
+    series = rng.normal(size=400)
+    starts = np.arange(0, 380, 8)
+    features, clusters = rng.normal(size=(48, 4)), np.arange(48) % 6
+    text = long_series_picture(series, 20, starts, features, clusters, ".svg", unit="kW").decode()
+    for words in ("kW", "cluster 6", "8 windows", "Mean window of each cluster"):
+        assert words in text
+    assert long_series_picture(series, 20, starts, features, clusters, ".png").startswith(b"\x89PNG")
 
 
 def test_format_of_the_picture():

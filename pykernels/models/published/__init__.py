@@ -7,7 +7,8 @@ NeurIPS 2019:
   itself are ``ours_K1``, ``ours_K2``, ``ours_K5``, ``ours_K10``, ``ours_K20`` (UEA), ``ours_combined``,
   ``ours_combined_1NN`` and ``ours_FordA_K5_transfer`` (UCR);
 - ``usrl_lstm.csv``, the causal network beside an LSTM of two layers in its place, on 11 of the UCR data sets;
-- ``usrl_sparse_labels.csv``, classifiers trained on few labels, from the results file that the authors released.
+- ``usrl_sparse_labels.csv``, classifiers trained on few labels, from the results file that the authors released;
+- ``usrl_long_series.csv``, regressors on features and on raw values of a household's electric power, on a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "is_published",
     "mean_accuracy",
     "published_accuracy",
+    "published_regression",
     "published_sparse_labels",
 ]
 
@@ -128,6 +130,19 @@ def published_sparse_labels(dataset: str, column: str = "ours_combined") -> dict
         for row in _rows("sparse_labels")
         if row["dataset"] == dataset
     }
+
+
+def published_regression(period: str, regressor: str) -> tuple[float, float] | None:
+    """Test error, and the seconds that the fit took, of a regressor on the long series; None where there is none.
+
+    Args:
+        period: ``"day"`` or ``"quarter"``.
+        regressor: on ``"features"`` or on ``"raw"`` values.
+    """
+    for row in _rows("long_series"):
+        if (row["period"], row["regressor"]) == (period, regressor):
+            return float(row["mse"]), float(row["seconds"])
+    return None
 
 
 def _check(archive: str, *columns: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pykernels.ops.causal_conv import bilinear
-from pykernels.ops.causal_conv.op import NEEDS_ARGUMENT, backward_op, forward_op, saving_op
+from pykernels.ops.causal_conv.op import NEEDS_ARGUMENT, backward_op, forward_op, kernels, saving_op, unobserved
 from pykernels.ops.causal_conv.reference import Options, compose, padding
 
 
@@ -52,6 +52,9 @@ def run(*args: Any) -> Tensor:
         return y
     if compiling:
         y = forward_op(*args)
+        return y
+    if unobserved(args[0], args[1]):
+        y = kernels(args[-1]).forward(*args[:7], Options(*args[7:-1]), False)[0]
         return y
     with torch._C._AutoDispatchBelowAutograd():
         y = forward_op(*args)
@@ -131,13 +134,11 @@ def _gradients(
     dilation, groups, activation, negative_slope, residual_before_activation, backend = options
     need_x, need_weight, need_bias, need_residual, need_state = need
     grad_residual = None
-    if need_residual:
-        grad_residual = grad_y
-        if lengths is not None:
-            grad_residual = grad_y.masked_fill(padding(x, lengths), 0)
-        if residual_before_activation and saved is not None:
-            grad_residual = grad_y = activation_backward(grad_residual, saved, activation, negative_slope)
-            saved, activation = None, "none"
+    if need_residual and residual_before_activation and saved is not None:
+        grad_residual = grad_y = _activation_backward(grad_y, saved, lengths, activation, negative_slope, backend)
+        saved, activation = None, "none"
+    elif need_residual:
+        grad_residual = grad_y if lengths is None else grad_y.masked_fill(padding(x, lengths), 0)
     if not (need_x or need_weight or need_bias or need_state):
         return [None, None, None, grad_residual, None]
     gradients = backward_op(
@@ -167,18 +168,18 @@ def _gradients(
     ]
 
 
-def activation_backward(grad: Tensor, saved: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """``grad * act'(z)`` in one pass, from act(z), or from z for silu and gelu."""
-    aten = torch.ops.aten
-    if activation == "relu":
-        return aten.threshold_backward(grad, saved, 0.0)  # type: ignore[no-any-return]
-    if activation == "leaky_relu":
-        return aten.leaky_relu_backward(grad, saved, negative_slope, True)  # type: ignore[no-any-return]
-    if activation == "tanh":
-        return aten.tanh_backward(grad, saved)  # type: ignore[no-any-return]
-    if activation == "silu":
-        return aten.silu_backward(grad, saved)  # type: ignore[no-any-return]
-    return aten.gelu_backward(grad, saved)  # type: ignore[no-any-return]
+def _activation_backward(
+    grad: Tensor, saved: Tensor, lengths: Tensor | None, activation: str, negative_slope: float, backend: str
+) -> Tensor:
+    """``grad * act'(z)`` as the fused kernels compute it: the input gradient of a convolution that only activates.
+
+    PyTorch's elementwise operations would not do: their last bits depend on where in memory an element lies.
+    """
+    channels = saved.shape[1]
+    ones, nothing = saved.new_ones(channels, 1, 1), (None, None, lengths)
+    options = (1, channels, activation, negative_slope, backend)
+    dz: Tensor = backward_op(grad, saved, saved, ones, *nothing, *options, True, False, False, False)[0]
+    return dz
 
 
 def _gradients_by_composition(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import autograd, reference
+from pykernels.ops.causal_conv import autograd, cost, reference
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS
 
@@ -91,8 +91,10 @@ def causal_conv1d(
     check_weight(weight, "weight", channels, x, groups)
     out_channels, _, kernel_size = weight.shape
     check_bias(bias, "bias", out_channels, x)
+    if not isinstance(residual_before_activation, bool):
+        raise TypeError(f"residual_before_activation must be a bool, got {type(residual_before_activation).__name__}")
     if residual is not None:
-        _check_tensor(residual, "residual", (batch, out_channels, length), x)
+        check_tensor(residual, "residual", (batch, out_channels, length), x)
     if cu_seqlens is not None:
         check_offsets(cu_seqlens, x, validate)
         if lengths is not None:
@@ -101,7 +103,7 @@ def causal_conv1d(
         check_lengths(lengths, x, validate)
     if initial_state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        _check_tensor(initial_state, "initial_state", (sequences, channels, (kernel_size - 1) * dilation), x)
+        check_tensor(initial_state, "initial_state", (sequences, channels, (kernel_size - 1) * dilation), x)
     y: Tensor = select(_OPERATOR, backend, x).run(
         x,
         weight,
@@ -174,6 +176,8 @@ def check_offsets(cu_seqlens: Tensor, x: Tensor, validate: bool | None) -> None:
         raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     if x.shape[0] != 1:
         raise ValueError(f"x must have shape (1, channels, total) with cu_seqlens, got {tuple(x.shape)}")
+    if len(cu_seqlens) == 1 and x.shape[2] > 0:
+        raise ValueError(f"cu_seqlens must hold the end of at least one sequence, since x has {x.shape[2]} samples")
     _check_device(cu_seqlens, "cu_seqlens", x)
     if reads_values(cu_seqlens, validate):
         offsets = cu_seqlens.tolist()
@@ -237,7 +241,8 @@ def check_bias(bias: Tensor | None, name: str, out_channels: int, x: Tensor) -> 
     _check_like(bias, name, x)
 
 
-def _check_tensor(t: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
+def check_tensor(t: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless ``t`` has this shape, and dtype and device of x."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(t).__name__}")
     if t.shape != shape:
@@ -259,6 +264,10 @@ def _check_device(t: Tensor, name: str, x: Tensor) -> None:
 
 def _run_cpu(*args: Any) -> Tensor:
     return autograd.run(*args, "cpu")
+
+
+def _run_triton(*args: Any) -> Tensor:
+    return autograd.run(*args, "triton")
 
 
 def cpu_available() -> Answer:
@@ -286,6 +295,7 @@ def _check(backend: str) -> Check:
         lambda x, w, b, r: reference.causal_conv1d(x, w, b, r, None, None, None, 64, 1, "tanh", 0.01, False),
         lambda x, w, b, r: causal_conv1d(x, w, b, dilation=64, activation="tanh", residual=r, backend=backend),
         tensors,
+        backend,
     )
 
 
@@ -294,8 +304,11 @@ _OPERATOR = register(
         name="causal_conv1d",
         implementations={
             "cpu": Implementation(_run_cpu, cpu_can_run, cpu_available),
+            "triton": Implementation(_run_triton, _triton.can_run, _triton.available),
             "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },
         check=_check,
+        path="single convolution",
+        cost=cost.forward,
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pykernels import _native
 from pykernels.ops.causal_conv.op import ACTIVATIONS, empty_gradients
-from pykernels.ops.causal_conv.reference import Options
+from pykernels.ops.causal_conv.reference import Options, clamped
 
 IS_DOUBLE = {torch.float32: False, torch.float64: True}
 #: Dtypes whose tensors are copied to float32 for the kernels, and the results back.
@@ -146,6 +147,10 @@ def backward(
         return grad_x, grad_weight, grad_bias, grad_state
     weight, grad_y = plain(weight).contiguous(), plain(grad_y)
     x, x_strides = rows(x)
+    if initial_state is not None:
+        count = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        shape = (count, x.shape[1], (weight.shape[2] - 1) * options.dilation)
+        address(initial_state, shape, x.dtype, "initial_state")
     gradients = empty_gradients(x, weight, initial_state, need_x, need_weight, need_bias, need_state)
     if need_x or need_weight or need_bias:
         shape = (x.shape[0], weight.shape[0], x.shape[2])
@@ -211,8 +216,8 @@ def _add_state_gradients(
         if cu_seqlens is None:
             out[:, :, size:] = t[:, :, :early]
             continue
-        for i, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
-            seen = max(0, min(end - begin, early))
+        for i, (begin, end) in enumerate(pairwise(clamped(cu_seqlens, grad_y.shape[2]).tolist())):
+            seen = min(end - begin, early)
             out[i, :, size : size + seen] = t[0, :, begin : begin + seen]
     if lengths is not None:
         behind = torch.arange(early) >= lengths[:, None, None]

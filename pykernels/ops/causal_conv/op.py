@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykernels.backends import Cost, is_recording, observed
+from pykernels.ops.causal_conv import cost
 from pykernels.ops.causal_conv.reference import Options
 
 #: Activation names and their codes in kernels/causal_conv/causal_conv.hpp.
@@ -47,6 +49,7 @@ saving_op = torch.ops.pykernels.causal_conv1d_saving.default
 backward_op = torch.ops.pykernels.causal_conv1d_backward.default
 
 _kernels: dict[str, Any] = {}
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def kernels(backend: str) -> Any:
@@ -123,6 +126,18 @@ def _backward(
     return gradients
 
 
+def unobserved(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels may be called without torch's dispatcher, which costs 5 us: nothing looks on."""
+    return (
+        type(x) in _PLAIN_TYPES
+        and type(weight) in _PLAIN_TYPES
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not is_recording()
+        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
 def empty_gradients(
     x: Tensor,
     weight: Tensor,
@@ -174,16 +189,24 @@ def _refuse_gradients(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def implement(
-    op: torch._ops.OpOverload, run: Callable[..., Any], fake: Callable[..., Any], *, devices: tuple[str, ...] = ("CPU",)
+    op: torch._ops.OpOverload,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    devices: tuple[str, ...] = ("CPU",),
+    cost: Callable[..., Cost] | None = None,
 ) -> None:
-    """Register what runs a raw operator on these devices, its shapes for tracing, and the guard of its gradient."""
+    """Register what runs a raw operator on these devices, its shapes for tracing, and the guard of its gradient.
+
+    ``cost`` says what a call amounts to, from the arguments of ``run``.
+    """
     name = op._schema.name
     for device in devices:
-        library.impl(name, run, device)
+        library.impl(name, observed(op, run, cost), device)
     library.impl(name, _refuse_gradients(op), "Autograd")
     torch.library.register_fake(name, fake, lib=library)
 
 
-implement(forward_op, _forward, _forward_fake, devices=("CPU", "CUDA"))
-implement(saving_op, _saving, _saving_fake, devices=("CPU", "CUDA"))
-implement(backward_op, _backward, _backward_fake, devices=("CPU", "CUDA"))
+implement(forward_op, _forward, _forward_fake, devices=("CPU", "CUDA"), cost=cost.forward)
+implement(saving_op, _saving, _saving_fake, devices=("CPU", "CUDA"), cost=cost.saving)
+implement(backward_op, _backward, _backward_fake, devices=("CPU", "CUDA"), cost=cost.backward)

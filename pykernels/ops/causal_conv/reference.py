@@ -78,6 +78,8 @@ def compose(
     options: Options,
 ) -> Tensor:
     """The operator with ``convolve`` as its convolution, see :func:`pykernels.causal_conv1d`."""
+    if cu_seqlens is not None:
+        cu_seqlens = clamped(cu_seqlens, x.shape[2])
     behind = None if lengths is None else padding(x, lengths)
     if behind is not None:
         x = x.masked_fill(behind, 0)
@@ -125,10 +127,11 @@ def final_state(
     back = torch.arange(-size, 0, device=x.device)
     if cu_seqlens is None:
         before = x.new_zeros((batch, channels, size)) if initial_state is None else initial_state
-        ends = x.new_full((batch,), length, dtype=torch.int64) if lengths is None else lengths.long()
+        ends = x.new_full((batch,), length, dtype=torch.int64) if lengths is None else lengths.long().clamp(0, length)
         index = (ends[:, None, None] + size + back).expand(batch, channels, size)
         return torch.cat([before, x], 2).gather(2, index)
-    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    offsets = clamped(cu_seqlens, length).long()
+    begin, end = offsets[:-1], offsets[1:]
     index = end[:, None] + back  # (N, size)
     inside = index >= begin[:, None]
     if length == 0:
@@ -140,6 +143,14 @@ def final_state(
     index = (index - begin[:, None] + size).clamp(0, max(size - 1, 0))
     before = initial_state.gather(2, index[:, None].expand_as(initial_state))
     return torch.where(inside[:, None], own, before)
+
+
+def clamped(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Offsets that may not have been checked as the kernels take them: sequences side by side that fill ``total``."""
+    if len(cu_seqlens) < 2:
+        return cu_seqlens
+    inner = cu_seqlens[1:-1].clamp(0, total).cummax(0).values
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), total)])
 
 
 def padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import conv, reference
+from pykernels.ops.causal_conv import conv, cost, reference
 from pykernels.ops.causal_conv.autograd import apply, composed, differentiable_gradients, recording, transforming
 from pykernels.ops.causal_conv.autograd import run as run_conv
 from pykernels.ops.causal_conv.check import compare
@@ -193,7 +193,7 @@ def _run_reference(
     if not pool:
         return x
     if cu_seqlens is not None:
-        return x[0].gather(1, _argmax_op(x.detach(), cu_seqlens).T).T
+        return x[0].gather(1, _argmax_op(x.detach(), reference.clamped(cu_seqlens, x.shape[2])).T).T
     if lengths is not None:
         x = x.masked_fill(reference.padding(x, lengths), -float("inf"))
     return x.max(2).values
@@ -222,9 +222,13 @@ implement(_argmax_op, _sequence_argmax, _sequence_argmax_fake, devices=("CPU", "
 torch.library.register_vmap(_argmax_op, _sequence_argmax_vmap, lib=library)
 
 
-def _run_composed(x: Tensor, weights: Sequence[Tensor | None], *rest: Any, one: Any) -> Tensor:
+def _run_composed(x: Tensor, weights: Sequence[Tensor | None], *rest: Any, one: Any, backend: str = "cpu") -> Tensor:
     """The same convolution by convolution on the compiled kernels."""
-    return partial(_run_reference, one=lambda *args: one(*args, "cpu"))(x, weights, *rest)
+    return partial(_run_reference, one=lambda *args: one(*args, backend))(x, weights, *rest)
+
+
+def _run_triton(x: Tensor, weights: Sequence[Tensor | None], *rest: Any) -> Tensor:
+    return _run_composed(x, weights, *rest, one=run_conv, backend="triton")
 
 
 def _run_cpu(x: Tensor, weights: list[Tensor | None], *rest: Any) -> Tensor:
@@ -265,7 +269,12 @@ class _Arena:
 
     def __init__(self, x: Tensor, memory: Tensor | int) -> None:
         self.batch, _, self.length = x.shape
-        self.memory = x.new_empty(memory) if isinstance(memory, int) else memory
+        if isinstance(memory, int):
+            assert _native.cpu is not None
+            self.memory = x.new_empty(memory)
+            _native.cpu.expect_writes(self.memory.data_ptr(), self.memory.nbytes)
+        else:
+            self.memory = memory
         self.used = 0
 
     @staticmethod
@@ -458,7 +467,7 @@ class _Launch:
         if self.sequences is None or self.sequences.offsets is None:
             out.zero_().scatter_(2, time[..., None], values[..., None])
         else:
-            begin = self.sequences.offsets[:-1, None]
+            begin = reference.clamped(self.sequences.offsets, self.length)[:-1, None]
             out.zero_()[0].scatter_(1, (time + begin).T, values.T)
 
     def _check(self, t: Tensor, channels: int, dims: int) -> Tensor:
@@ -590,8 +599,8 @@ def _backward_fake(
     return [x.new_empty(t.shape) for t in _select([x, *weights], [x, *weights], needed) if t is not None]
 
 
-implement(_forward_op, _forward_cpu, _forward_fake)
-implement(_backward_op, _backward_cpu, _backward_fake)
+implement(_forward_op, _forward_cpu, _forward_fake, cost=cost.stack_forward)
+implement(_backward_op, _backward_cpu, _backward_fake, cost=cost.stack_backward)
 
 
 class CausalConvStack(torch.autograd.Function):
@@ -650,6 +659,7 @@ def _check(backend: str) -> Check:
         lambda *t: _run_reference(t[0], [w for b in blocks(t) for w in b], None, None, dilations, 0.01, True),
         lambda *t: causal_conv_stack(t[0], blocks(t), dilations, pool=True, backend=backend),
         tensors,
+        backend,
     )
 
 
@@ -658,8 +668,11 @@ _OPERATOR = register(
         name="causal_conv_stack",
         implementations={
             "cpu": Implementation(_run_cpu, _can_run, conv.cpu_available),
+            "triton": Implementation(_run_triton, _triton.can_run, _triton.available),
             "reference": Implementation(_run_reference, lambda *args: YES, lambda: YES),
         },
         check=_check,
+        path="fused stack",
+        cost=cost.stack_forward,
     )
 )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _native
+from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
-from pykernels.ops.causal_conv import conv
+from pykernels.ops.causal_conv import conv, cost
 from pykernels.ops.causal_conv.autograd import apply, differentiable_gradients, recording, transforming
 from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.cpu import HALF, IS_DOUBLE, address, plain
@@ -126,8 +126,8 @@ def _backward_fake(grad_w: list[Tensor], v: list[Tensor], g: list[Tensor]) -> li
     return [torch.empty_like(t) for t in (*v, *g)]
 
 
-implement(_forward_op, _forward_cpu, _forward_fake)
-implement(_backward_op, _backward_cpu, _backward_fake)
+implement(_forward_op, _forward_cpu, _forward_fake, cost=cost.weight_norm)
+implement(_backward_op, _backward_cpu, _backward_fake, cost=cost.weight_norm_backward)
 
 
 class WeightNorm(torch.autograd.Function):
@@ -165,6 +165,7 @@ def _check(backend: str) -> Check:
         lambda *t: flat(_run_reference([*t[:2]], [*t[2:]])),
         lambda *t: flat(weight_norm(t[:2], t[2:], backend=backend)),
         tensors,
+        backend,
     )
 
 
@@ -173,8 +174,12 @@ _OPERATOR = register(
         name="weight_norm",
         implementations={
             "cpu": Implementation(_run_compiled, _can_run, conv.cpu_available),
+            # A few elementwise operations on small tensors: nothing for a kernel of its own to gain on a GPU.
+            "triton": Implementation(_run_reference, lambda v, g: _triton.can_run(v[0]), _triton.available),
             "reference": Implementation(_run_reference, lambda v, g: YES, lambda: YES),
         },
         check=_check,
+        path="all weights in one call",
+        cost=cost.weight_norm,
     )
 )
