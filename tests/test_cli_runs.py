@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -458,3 +459,38 @@ def test_export(encoder, arguments, folder, tmp_path, capsys):
     expected = torch.from_numpy(model.transform(load("Two", folder).X_test))
     torch.testing.assert_close(run(torch.tensor(raw, dtype=torch.float32)), expected, rtol=1e-4, atol=1e-5)
     assert run(torch.zeros(1, 2, 1)).shape == (1, expected.shape[1])
+
+
+def test_long_series(tmp_path, monkeypatch, capsys):
+    """Interrupted and continued, it finds the same; its model encodes and is a checkpoint as any other."""
+    sizes = ["--samples", "12000", "--train-samples", "6000", "--periods", "day", "--day-stride", "480"]
+    command = ["reproduce", "usrl-long-series", *sizes, "--longest-window", "60", "--steps", "3", "--quiet"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main([*command, "--out", str(whole)]) == 0
+    assert re.search(r"^\| day \| features \| ", capsys.readouterr().out, re.M)
+    names = ["config.json", "days.png", "loss.png", "metrics.csv", "model.safetensors", "result.json"]
+    assert sorted(p.name for p in whole.iterdir()) == names
+    with monkeypatch.context() as patched:
+        Signals(patched, [2])
+        assert main([*command, "--out", str(out)]) == 130
+    assert "pykernels reproduce usrl-long-series --resume" in capsys.readouterr().err
+    resume = ["reproduce", "usrl-long-series", "--resume", str(out), "--quiet", "--json"]
+    assert main(resume) == 0
+    result, expected = json.loads(capsys.readouterr().out), json.loads((whole / "result.json").read_text())
+    assert result["losses"] == expected["losses"]
+    for one, other in zip(result["periods"], expected["periods"], strict=True):
+        assert one["features"]["test_mse"] == other["features"]["test_mse"]
+    models = [USRLTransformer.load(path / "model.safetensors") for path in (whole, out)]
+    X = np.random.default_rng(0).normal(size=(2, 1, 40))
+    np.testing.assert_array_equal(*(model.transform(X) for model in models))
+
+
+def test_long_series_of_a_file(tmp_path, capsys):
+    command = ["reproduce", "usrl-long-series", "--periods", "day", "--quiet"]
+    file = tmp_path / "series.npy"
+    np.save(file, np.arange(100.0))
+    assert "n_train must leave two periods" in refused(capsys, [*command, "--series", str(file)])
+    assert "leave it out beside --series" in refused(capsys, [*command, "--series", str(file), "--samples", "9"])
+    file.write_text("no numbers")
+    assert "is not a .npy file of numbers" in refused(capsys, [*command, "--series", str(file)])
+    assert "No such file" in refused(capsys, [*command, "--series", str(tmp_path / "nothing.npy")])

@@ -26,7 +26,9 @@ def add(systems: dict[str, Any]) -> None:
     parser.add_setting(
         "--series", default=None, metavar="FILE", help=".npy of shape (T,) (default: a simulated household's power)"
     )
-    parser.add_setting("--samples", type=positive, default=None, metavar="T", help="of the simulation (default: 2075259)")
+    parser.add_setting(
+        "--samples", type=positive, default=None, metavar="T", help="of the simulation (default: 2075259)"
+    )
     parser.add_setting(
         "--train-samples", type=positive, default=500_000, metavar="T", help="to learn from (default: 500000)"
     )
@@ -92,7 +94,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     with job.run(METRICS, saved.values["metrics"] if saved else None) as run:
         run.train([training], [f"training, K={choices.n_negatives}"], row, keep)
         result = long_series_experiment(series, choices, training=training, report=job.note)
-        job.say(f"training step {1e3 * training.seconds / training.n_steps:.0f} ms, last loss {training.losses[-1]:.3f}")
+        job.say(
+            f"training step {1e3 * training.seconds / training.n_steps:.0f} ms, last loss {training.losses[-1]:.3f}"
+        )
         job.say("\n" + long_series_table(result))
         if job.folder is not None:
             model = USRLTransformer(
@@ -109,7 +113,9 @@ def _reproduce(args: argparse.Namespace) -> int:
                 device=choices.device,
             ).finish([training])
             normalisation = Normalisation(np.array([[result.mean]]), np.array([[result.std]]))
-            save(model, job.folder.path / "model.safetensors", normalisation=normalisation, about={"seed": choices.seed})
+            save(
+                model, job.folder.path / "model.safetensors", normalisation=normalisation, about={"seed": choices.seed}
+            )
             job.picture("loss.png", partial(losses_picture, {f"K = {choices.n_negatives}": training.losses}))
             width, found = choices.periods[0].samples, result.first_features
             job.picture(
