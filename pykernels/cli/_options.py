@@ -141,7 +141,7 @@ def settle(args: argparse.Namespace, *, needs_out: bool = False) -> tuple[argpar
             raise InputError(f"--resume: {args.resume} is a run of pykernels {folder.config['command']}")
         if set(settings) != set(parser.settings):
             raise InputError(
-                f"--resume: {args.resume} is a run of pykernels {folder.config['environment']['pykernels']}, "
+                f"--resume: {args.resume} is a run of pykernels {folder.config.get('environment', {}).get('pykernels')}, "
                 "which had other settings"
             )
     check_device(settings["device"])
