@@ -54,9 +54,7 @@ def to_program(module: nn.Module, in_channels: int) -> ExportedProgram:
     # Sizes of 1 would count as fixed.
     example = torch.zeros((2, in_channels, 16), dtype=first.dtype, device=first.device)
     dynamic = {0: torch.export.Dim("batch"), 2: torch.export.Dim("time")}
-    with backend(None), torch.no_grad(), warnings.catch_warnings():
-        # An LSTM has its weights in a list beside the parameters; the program has the parameters.
-        warnings.filterwarnings("ignore", r".*_flat_weights.* assigned during export", UserWarning)
+    with backend(None), torch.no_grad():
         program = torch.export.export(plain, (example,), dynamic_shapes=(dynamic,), strict=False)
     own = sorted({str(n.target) for n in program.graph.nodes if str(n.target).startswith("pykernels.")})
     if own:

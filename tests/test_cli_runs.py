@@ -381,6 +381,8 @@ def test_experiments(arguments, tmp_path, monkeypatch, capsys):
     model = USRLClassifier.load(runs[2] / "model.safetensors")
     assert model.transformer_.encoders_[0].linear.out_features == 160
     capsys.readouterr()
+    export = ["export", str(runs[2]), "--out", str(tmp_path / "lstm.pt2")]
+    assert "is an LSTM, which cannot be exported" in refused(capsys, export)
     assert main(["table", "usrl", *map(str, runs)]) == 0
     table = capsys.readouterr().out
     for method in ("ours_K5", "ours_combined", "ours_Two_K2_transfer", "LSTM_K5", "LSTM_K5_1NN"):
@@ -450,11 +452,10 @@ def test_encode_and_export_refuse(whole, interrupted, folder, tmp_path, capsys):
     assert "required: --out" in refused(capsys, ["export", model])
 
 
-@pytest.mark.parametrize("encoder", ["cnn", "lstm"])
-def test_export(encoder, arguments, folder, tmp_path, capsys):
+def test_export(arguments, folder, tmp_path, capsys):
     """Also what normalises the series is in the program."""
     out, program = tmp_path / "run", tmp_path / "model.pt2"
-    assert main(arguments("train", out, "--encoder", encoder, dataset="Two")) == 0
+    assert main(arguments("train", out, dataset="Two")) == 0
     capsys.readouterr()
     assert main(["export", str(out), "--out", str(program)]) == 0
     assert capsys.readouterr().out.startswith(f"{program} maps series (batch, 2, time) to features (batch, ")
