@@ -355,12 +355,15 @@ def _linear(features: Tensor) -> Prediction:
 
 
 def _correlation(x: Tensor, width: int, starts: npt.NDArray[np.int64]) -> Prediction:
-    """The product of weights with each window, ``sum_k weight[k] x[start + k]``, by fast Fourier transform."""
+    """The product of weights with each window, ``sum_k weight[k] x[start + k]``, by fast Fourier transform.
+
+    ``starts`` are equally far apart.
+    """
     begin, end = int(starts[0]), int(starts[-1]) + width
     size = 1 << (end - begin - 1).bit_length()
     spectrum = torch.fft.rfft(x[begin:end], size)
-    index = torch.from_numpy(starts - begin)
-    return lambda weight: torch.fft.irfft(spectrum * torch.fft.rfft(weight, size).conj(), size)[index]
+    chosen = slice(0, int(starts[-1]) - begin + 1, int(starts[1] - starts[0]) if len(starts) > 1 else 1)
+    return lambda weight: torch.fft.irfft(spectrum * torch.fft.rfft(weight, size).conj(), size)[chosen]
 
 
 def _regress(train: Examples, test: Examples, size: int, rate: float, settings: LongSeriesSettings) -> Regression:
