@@ -104,10 +104,13 @@ class Recorder(Protocol):
 _recorder: Recorder | None = None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_recording() -> bool:
     """A function, so that torch.compile puts no guard on the answer, and recompiles nothing to have it explained."""
     return _recorder is not None
+
+
+# As by torch.compiler.assume_constant_result, which imports the whole compiler, and Triton with it.
+is_recording._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

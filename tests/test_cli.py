@@ -86,6 +86,21 @@ def test_info_check(operator, status, line, monkeypatch, capsys):
     assert ("every operator agrees" in printed) == (status == 0)
 
 
+def test_info_as_json(monkeypatch, capsys):
+    monkeypatch.setitem(OPERATORS, "fake_op", fake_operator(1e-3))
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["threads"] == 1
+    assert info["cpu_capability"] == pykernels.cpu_capability()
+    assert info["backends"]["fake_op"] == {"cpu": {"ok": True, "reason": ""}}
+    assert "checks" not in info
+    assert main(["info", "--json", "--check"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert [check["operator"] for check in checks if not check["ok"]] == ["fake_op"]
+    assert len(checks) > 5
+
+
 def test_python_dash_m():
     result = run("info", PYKERNELS_BACKEND="reference")
     assert (result.returncode, result.stderr) == (0, "")
@@ -103,48 +118,6 @@ def test_output_that_no_one_reads_is_no_error():
 
 def train(path, *options):
     return ["train", "usrl", "--dataset", "GunPoint", "--out", str(path), *QUICK, *options]
-
-
-def test_train_writes_a_state_dict(tmp_path, capsys):
-    needs("sklearn", "aeon")
-    safetensors = pytest.importorskip("safetensors")
-    torch_files = pytest.importorskip("safetensors.torch")
-    path = tmp_path / "encoder.safetensors"
-    path.write_bytes(b"an older file")
-    assert main(train(path, "--k", "2", "--seed", "3")) == 0
-    assert "K=2, 2 steps" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    encoder = pykernels.nn.CausalCNNEncoder(1)
-    encoder.load_state_dict(torch_files.load_file(path))
-
-    from pykernels.data import load
-    from pykernels.models.usrl import USRLTransformer
-
-    model = USRLTransformer(2, n_steps=2, random_state=3).fit(load("GunPoint").X_train)
-    for name, value in model.encoders_[0].state_dict().items():
-        assert torch.equal(encoder.state_dict()[name], value)
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["encoder"])["in_channels"] == 1
-    expected = {"dataset": "GunPoint", "n_negatives": "2", "steps": "2", "seed": "3"}
-    assert metadata.items() >= expected.items()
-    main(train(path, "--dtype", "float64"))
-    assert {value.dtype for value in torch_files.load_file(path).values()} == {torch.float64}
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, capsys):
-    needs("sklearn", "aeon", "safetensors")
-
-    def full(*args):
-        raise OSError(28, "No space left on device", str(path))
-
-    path = tmp_path / "encoder.safetensors"
-    path.write_bytes(b"an older file")
-    monkeypatch.setattr(os, "fsync", full)
-    assert main(train(path)) == 2
-    assert capsys.readouterr().err == f"pykernels: {path}: No space left on device\n"
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert path.read_bytes() == b"an older file"
 
 
 def reproduce(*options):
@@ -196,6 +169,10 @@ def test_progress_goes_to_stderr(capsys):
     captured = capsys.readouterr()
     assert "2/2" in captured.err
     assert "2/2" not in captured.out
+    assert main([*reproduce("--json")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert json.loads(captured.out)["n_negatives"] == [5]
 
 
 def refused(capsys, arguments):
@@ -215,7 +192,9 @@ def refused(capsys, arguments):
 BAD_ARGUMENTS = [
     ([], r"arguments are required: COMMAND"),
     (["fly"], r"invalid choice: 'fly'"),
-    (["train", "usrl", "--dataset", "GunPoint"], r"required: --out \(see pykernels train --help\)"),
+    (["train", "usrl", "--dataset", "GunPoint"], r"required: --out \(see pykernels train usrl --help\)"),
+    (["train", "usrl"], r"required: --dataset, --out"),
+    (["table", "usrl"], r"required: RUN"),
     (["reproduce", "usrl"], r"required: --dataset"),
     (["reproduce", "nothing", "--dataset", "GunPoint"], r"SYSTEM: invalid choice: 'nothing'"),
     (reproduce("--k", "0"), r"--k: must be an integer from 1 to \d+, got '0'"),
@@ -224,6 +203,11 @@ BAD_ARGUMENTS = [
     (reproduce("--seeds", "-1"), r"--seeds: must be"),
     (reproduce("--backend", "abacus"), r"--backend: invalid choice: 'abacus'"),
     (["train", "usrl", "--dataset", "GunPoint", "--out", "x", "--seed", str(2**32)], r"--seed: must be"),
+    (reproduce("--device", "tpu"), r"--device: must be cpu, cuda or cuda:N, got 'tpu'"),
+    (reproduce("--save-every", "-1"), r"--save-every: must be a number of seconds, got '-1'"),
+    (reproduce("--labels", "12,0.5,many"), r"--labels: must be numbers of cases, fractions.*got '12,0.5,many'"),
+    (reproduce("--labels", "0"), r"--labels: must be"),
+    (reproduce("--labels", "1.5"), r"--labels: must be"),
 ]
 
 
@@ -260,14 +244,27 @@ def test_bad_data(train_cases, test_cases, message, tmp_path, capsys):
 
 def test_bad_outputs_are_found_before_the_training(tmp_path, monkeypatch, capsys):
     needs("sklearn", "aeon", "safetensors", "matplotlib")
-    import pykernels.models.usrl as usrl
+    from pykernels.models.usrl import EncoderTraining
 
-    monkeypatch.setattr(usrl, "train_encoder", lambda *args, **options: pytest.fail("it trained"))
-    missing = tmp_path / "no" / "encoder.safetensors"
-    assert f"there is no folder {missing.parent}" in refused(capsys, train(missing))
-    assert "is a folder" in refused(capsys, train(tmp_path))
+    monkeypatch.setattr(EncoderTraining, "step", lambda self: pytest.fail("it trained"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is not empty; give a new one" in refused(capsys, train(tmp_path))
+    assert "is not a folder; give the name of a new one" in refused(capsys, reproduce("--out", str(file)))
     assert "is a folder" in refused(capsys, reproduce("--picture", str(tmp_path)))
+    missing = tmp_path / "no" / "a.png"
+    assert f"there is no folder {missing.parent}" in refused(capsys, reproduce("--picture", str(missing)))
     assert "'.xyz'; use .png" in refused(capsys, reproduce("--picture", str(tmp_path / "a.xyz")))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_device_that_is_not_there(monkeypatch, capsys):
+    needs("sklearn", "tqdm")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda: PyTorch sees no GPU here" in refused(capsys, reproduce("--device", "cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "--device cuda:2: the GPUs here are cuda:0 to cuda:1" in refused(capsys, reproduce("--device", "cuda:2"))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +272,7 @@ def test_bad_outputs_are_found_before_the_training(tmp_path, monkeypatch, capsys
     [
         ("sklearn", reproduce(), "models"),
         ("tqdm", ["reproduce", "usrl", "--dataset", "GunPoint"], "models"),
-        ("safetensors", train("encoder.safetensors"), "models"),
+        ("safetensors", train("run"), "models"),
         ("matplotlib", reproduce("--picture", "features.png"), "plot"),
     ],
 )
@@ -304,19 +301,6 @@ def test_backend_that_cannot_run_here(monkeypatch, capsys):
         pykernels, "available_backends", lambda: {"causal_conv1d": {"cpu": Answer(False, "it did not load")}}
     )
     assert "--backend cpu: it did not load" in refused(capsys, reproduce("--backend", "cpu"))
-
-
-def test_interrupt(monkeypatch, capsys, tmp_path):
-    needs("sklearn", "aeon", "safetensors")
-    import pykernels.models.usrl as usrl
-
-    def interrupt(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(usrl, "train_encoder", interrupt)
-    assert main(train(tmp_path / "encoder.safetensors")) == 130
-    assert capsys.readouterr().err == "pykernels: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_of_the_installed_program_shows_no_traceback():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pykernels
 from pykernels._errors import InputError, MissingExtraError
-from pykernels.cli import _info, _trained, _usrl
+from pykernels.cli import _info, _trained, _usrl, _usrl_long
 from pykernels.cli._options import Parser
 
 
@@ -57,5 +57,6 @@ def _parser() -> Parser:
         )
     }
     _usrl.add(systems)
+    _usrl_long.add(systems)
     _trained.add(commands)
     return parser

@@ -140,10 +140,8 @@ def settle(args: argparse.Namespace, *, needs_out: bool = False) -> tuple[argpar
         if folder.config["command"] != command(parser):
             raise InputError(f"--resume: {args.resume} is a run of pykernels {folder.config['command']}")
         if set(settings) != set(parser.settings):
-            raise InputError(
-                f"--resume: {args.resume} is a run of pykernels {folder.config['environment']['pykernels']}, "
-                "which had other settings"
-            )
+            wrote = folder.config.get("environment", {}).get("pykernels")
+            raise InputError(f"--resume: {args.resume} is a run of pykernels {wrote}, which had other settings")
     check_device(settings["device"])
     return argparse.Namespace(**settings), folder
 

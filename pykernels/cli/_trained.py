@@ -123,6 +123,8 @@ def _export(args: argparse.Namespace) -> int:
     from pykernels.models.usrl import USRLTransformer
 
     model = saved.model(USRLTransformer)
+    if model.encoder == "lstm":  # torch.export writes its loop out, step by step, for one length
+        raise InputError(f"{args.checkpoint} is an LSTM, which cannot be exported for series of any length")
     channels: int = model.n_features_in_
     module: nn.Module = model.encoders_[0]
     if saved.normalisation is not None or len(model.encoders_) > 1:

@@ -26,6 +26,8 @@ def losses_picture(losses: Mapping[str, npt.NDArray[np.float64]], suffix: str = 
         axes.plot(steps[width - 1 :], mean, color=colour, linewidth=1.6, label=name)
     axes.set_xlabel("training step")
     axes.set_ylabel("triplet loss")
+    if all((values > 0).all() for values in losses.values()):
+        axes.set_yscale("log")  # the first steps are ten times above the rest
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     buffer = io.BytesIO()

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -45,7 +46,7 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any], lock: int) -> None:
         self.path = path
         self.config = config
-        self._lock = lock
+        self._unlock = weakref.finalize(self, os.close, lock)  # also where an error keeps close() from being called
 
     @staticmethod
     def check_new(path: Path) -> None:
@@ -83,7 +84,7 @@ class RunFolder:
         file = path / CONFIG
         if not file.is_file():
             raise InputError(f"--resume: there is no run in {path} (it has no {CONFIG})")
-        lock = _locked(path)
+        folder = cls(path, {}, _locked(path))
         for leftover in path.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
         try:
@@ -92,10 +93,11 @@ class RunFolder:
                 raise TypeError("the command or the settings are of another type")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"--resume: {file} is damaged ({error!r})") from error
-        return cls(path, config, lock)
+        folder.config = config
+        return folder
 
     def close(self) -> None:
-        os.close(self._lock)
+        self._unlock()
 
     def write(self, name: str, content: bytes) -> Path:
         """Write a file of the run, whole or not at all, and return its path."""
