@@ -6,7 +6,7 @@ such a signal hard to read at one scale: days, weeks and years on top of each ot
 
     power = base + refrigerator + heating + sum of the appliances that are on + noise     (kW)
 
-- refrigerator: on for a third of a cycle of 45 minutes;
+- refrigerator: on for a third of a cycle of 44.3 minutes;
 - heating: by how cold the day is, a sine over the year plus weather that persists for some days (autoregressive), and
   turned down at night;
 - appliances: events at random minutes. How many there are follows the hour, with peaks in the morning and the evening,
@@ -63,7 +63,7 @@ def household_power(n_samples: int = MEASURED_SAMPLES, *, seed: int = 0) -> npt.
     away = (day % 365.25 >= _HOLIDAYS[0]) & (day % 365.25 < _HOLIDAYS[1])
 
     power = np.full(n_samples, 0.15)
-    power += 0.12 * ((minute + random.integers(45)) % 45 < 15)
+    power += 0.12 * ((minute + random.integers(45)) % 44.3 < 14.8)
     night = 0.5 * (1 + np.tanh(2 * (np.abs(hour - 14.5) - 8)))
     power += np.maximum(_cold(int(day[-1]) + 1, random), 0)[day] * (1 - 0.6 * night) * np.where(away, 0.2, 1.0)
 

@@ -127,7 +127,8 @@ def long_series_picture(
     points = _plane(features[chosen])
     for cluster, colour in enumerate(colours):
         position = points[clusters[chosen] == cluster]
-        axes["plane"].scatter(*position.T, s=9, color=colour, linewidth=0, label=f"cluster {cluster + 1}")
+        label = f"cluster {cluster + 1}, {(clusters == cluster).sum()} windows"
+        axes["plane"].scatter(*position.T, s=9, color=colour, linewidth=0, label=label)
     axes["plane"].set_title("Features in two dimensions (t-SNE)", fontsize=11)
     axes["plane"].set_xlabel("t-SNE, first coordinate")
     axes["plane"].set_ylabel("t-SNE, second coordinate")
@@ -138,14 +139,13 @@ def long_series_picture(
     for cluster, colour in enumerate(colours):
         own = starts[clusters == cluster]
         mean = np.mean([windows[start] for start in own], axis=0)
-        axes["means"].plot(mean, color=colour, linewidth=1, label=f"{len(own)} windows")
+        axes["means"].plot(mean, color=colour, linewidth=1)
     axes["means"].set_title("Mean window of each cluster", fontsize=11)
     axes["means"].set_xlabel("sample of the window")
     axes["means"].set_ylabel(unit)
     for panel in axes.values():
         panel.spines[["top", "right"]].set_visible(False)
-    for name in ("plane", "means"):
-        axes[name].legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8, markerscale=2)
     return _saved(figure, suffix)
 
 

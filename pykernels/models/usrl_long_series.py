@@ -9,9 +9,10 @@ next to a linear map of the w raw values themselves. Both maps are fitted on the
 once, and tested on the rest. A period is a day (1440 minutes) or a quarter (12 weeks).
 
 Two things differ from the publication so that two CPU cores do in minutes what took hours on a GPU; both are arguments:
-the times are a stride apart, not consecutive minutes, and the windows in the training of the encoder are capped. And
-the raw regressor, a correlation with w weights, is computed by fast Fourier transform, which makes its published time
-of more than an hour a matter of seconds.
+the features are of times a stride apart, not of consecutive minutes, and the windows in the training of the encoder are
+capped. The regressor on raw values, a correlation with w weights, learns from consecutive minutes, as published: it is
+computed by fast Fourier transform, which makes a minute of its published time of more than an hour. Both are tested at
+the times that have features.
 
 Source: Franceschi, Dieuleveut and Jaggi, "Unsupervised scalable representation learning for multivariate time series",
 NeurIPS 2019, section on the household's power consumption.
@@ -55,9 +56,10 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Period:
-    """A period of ``samples``, and how far apart the times are at which it is looked back on.
+    """A period of ``samples``, and how it is looked back on.
 
-    ``features_rate`` and ``raw_rate`` are the learning rates of the two regressors.
+    ``stride`` is from one time with features to the next, ``raw_stride`` from one time that the regressor on raw values
+    learns from to the next. ``features_rate`` and ``raw_rate`` are the learning rates of the two regressors.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Period:
     stride: int
     features_rate: float
     raw_rate: float
+    raw_stride: int = 1
 
 
 DAY = Period("day", 1440, stride=60, features_rate=1e-3, raw_rate=1e-4)
@@ -116,8 +119,9 @@ class Regression:
 
 @dataclass(frozen=True)
 class PeriodResult:
-    """Of one period. ``constant_mse`` is the test error of the mean change of the first part, whatever the window.
+    """Of one period, with the numbers of times with features in the first part and in the rest.
 
+    ``constant_mse`` is the test error of the mean change of the first part, whatever the window, and
     ``encoding_seconds`` is the time of computing all features, which ``features.seconds`` does not contain.
     """
 
@@ -319,26 +323,31 @@ def _compare(
 ) -> PeriodResult:
     width = period.samples
     sums = np.concatenate([[0.0], np.cumsum(x)])
-    changes = torch.from_numpy((sums[starts + 2 * width] - 2 * sums[starts + width] + sums[starts]) / width)
+
+    def changes(starts: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy((sums[starts + 2 * width] - 2 * sums[starts + width] + sums[starts]) / width)
+
     # A time is of one part if its window and what it is to predict are.
-    train, test = starts + 2 * width <= settings.n_train, starts >= settings.n_train
-    split = slice(0, int(train.sum())), slice(len(starts) - int(test.sum()), None)
-    on_features = [_linear(features[part]) for part in split]
+    n_train, n_test = int((starts + 2 * width <= settings.n_train).sum()), int((starts >= settings.n_train).sum())
+    train, test = starts[:n_train], starts[-n_test:]
+    raw_train = np.arange(0, settings.n_train - 2 * width + 1, period.raw_stride)
+    target = changes(test)
     whole = torch.from_numpy(x)
-    on_values = [_correlation(whole, width, starts[part]) for part in split]
-    targets = changes[split[0]], changes[split[1]]
+    on_features = (_linear(features[:n_train]), changes(train)), (_linear(features[-n_test:]), target)
+    on_values = (_correlation(whole, width, raw_train), changes(raw_train)), (_correlation(whole, width, test), target)
     return PeriodResult(
         period,
-        len(targets[0]),
-        len(targets[1]),
-        _regress(on_features, features.shape[1], targets, period.features_rate, settings),
-        _regress(on_values, width, targets, period.raw_rate, settings),
-        float((targets[1] - targets[0].mean()).square().mean()),
+        n_train,
+        n_test,
+        _regress(*on_features, features.shape[1], period.features_rate, settings),
+        _regress(*on_values, width, period.raw_rate, settings),
+        float((target - changes(train).mean()).square().mean()),
         seconds,
     )
 
 
 Prediction = Callable[[Tensor], Tensor]
+Examples = tuple[Prediction, Tensor]
 
 
 def _linear(features: Tensor) -> Prediction:
@@ -346,18 +355,22 @@ def _linear(features: Tensor) -> Prediction:
 
 
 def _correlation(x: Tensor, width: int, starts: npt.NDArray[np.int64]) -> Prediction:
-    """The product of weights with each window, ``sum_k weight[k] x[start + k]``, by fast Fourier transform."""
+    """The product of weights with each window, ``sum_k weight[k] x[start + k]``, by fast Fourier transform.
+
+    ``starts`` are equally far apart.
+    """
     begin, end = int(starts[0]), int(starts[-1]) + width
     size = 1 << (end - begin - 1).bit_length()
     spectrum = torch.fft.rfft(x[begin:end], size)
-    index = torch.from_numpy(starts - begin)
-    return lambda weight: torch.fft.irfft(spectrum * torch.fft.rfft(weight, size).conj(), size)[index]
+    chosen = slice(0, int(starts[-1]) - begin + 1, int(starts[1] - starts[0]) if len(starts) > 1 else 1)
+    return lambda weight: torch.fft.irfft(spectrum * torch.fft.rfft(weight, size).conj(), size)[chosen]
 
 
-def _regress(
-    predict: list[Prediction], size: int, targets: tuple[Tensor, Tensor], rate: float, settings: LongSeriesSettings
-) -> Regression:
-    """Fit a linear map and its bias by Adam on all times at once, from the weights that PyTorch's layers begin with."""
+def _regress(train: Examples, test: Examples, size: int, rate: float, settings: LongSeriesSettings) -> Regression:
+    """Fit a linear map and its bias by Adam on all times at once, from the weights that PyTorch's layers begin with.
+
+    ``train`` and ``test`` are what gives predictions from ``size`` weights, and the targets.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     bound = size**-0.5
     weight, bias = (
@@ -365,15 +378,16 @@ def _regress(
     )
     optimizer = torch.optim.Adam([weight, bias], lr=rate)
 
-    def error(part: int) -> Tensor:
-        mean: Tensor = (predict[part](weight) + bias - targets[part]).square().mean()
+    def error(examples: Examples) -> Tensor:
+        predict, targets = examples
+        mean: Tensor = (predict(weight) + bias - targets).square().mean()
         return mean
 
     start = time.perf_counter()
     for _ in range(settings.epochs):
         optimizer.zero_grad()
-        error(0).backward()
+        error(train).backward()
         optimizer.step()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        return Regression(error(0).item(), error(1).item(), seconds)
+        return Regression(error(train).item(), error(test).item(), seconds)

@@ -82,7 +82,7 @@ def test_picture_of_a_long_series(monkeypatch):
     starts = np.arange(0, 380, 8)
     features, clusters = rng.normal(size=(48, 4)), np.arange(48) % 6
     text = long_series_picture(series, 20, starts, features, clusters, ".svg", unit="kW").decode()
-    for words in ("kW", "cluster 6", "8 windows", "Mean window of each cluster"):
+    for words in ("kW", "cluster 6, 8 windows", "Mean window of each cluster"):
         assert words in text
     assert long_series_picture(series, 20, starts, features, clusters, ".png").startswith(b"\x89PNG")
 

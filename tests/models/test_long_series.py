@@ -79,17 +79,17 @@ def test_raw_regressor_is_a_product_with_each_window():
 def test_regression_is_that_of_a_layer_trained_by_adam():
     torch.manual_seed(0)
     features, targets = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
-    settings = LongSeriesSettings(epochs=2000)
-    predict = long_series._linear(features)
-    result = long_series._regress([predict, predict], 4, (targets, targets), 1e-2, settings)
+    examples = long_series._linear(features), targets
+
+    def fitted(epochs):
+        return long_series._regress(examples, examples, 4, 1e-2, LongSeriesSettings(epochs=epochs))
+
     design = np.column_stack([features, np.ones(50)])
     _, residual, *_ = np.linalg.lstsq(design, targets.numpy())
+    result = fitted(2000)
     assert result.train_mse == pytest.approx(residual[0] / 50, rel=1e-6)
     assert result.test_mse == result.train_mse
-    assert (
-        long_series._regress([predict, predict], 4, (targets, targets), 1e-2, LongSeriesSettings(epochs=1)).train_mse
-        > 1.1 * residual[0] / 50
-    )
+    assert fitted(1).train_mse > 1.1 * result.train_mse
 
 
 def small_settings(**options):
