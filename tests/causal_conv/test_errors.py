@@ -193,7 +193,7 @@ def test_stack_of_nothing_and_pool_of_nothing(backend):
 def test_unknown_backend():
     for name in ("cuda!", "CPU", ""):
         if name:
-            with pytest.raises(ValueError, match=f"^backend must be one of 'cpu', 'reference' or None, got '{name}'"):
+            with pytest.raises(ValueError, match=f"^backend must be one of 'cpu', 'triton', 'reference' or None, got '{name}'"):
                 causal_conv1d(X, WEIGHT, backend=name)
         with pytest.raises(ValueError, match=r"^backend must be one of"), pykernels.backend(name):
             pytest.fail("the block must not run")
