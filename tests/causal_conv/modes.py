@@ -1,4 +1,4 @@
-"""Problems for the other modes of the convolution: groups, states, packed and padded sequences, where the residual goes."""
+"""Problems in the other modes of the convolution: groups, states, packed and padded sequences, the residual."""
 
 from __future__ import annotations
 

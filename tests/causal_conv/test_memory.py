@@ -13,6 +13,7 @@ from torch import Tensor
 from pykernels.ops import BlockWeights, causal_conv1d, causal_conv_stack, weight_norm
 
 from .cases import CASES, FEW, Case, assert_agree, definition, results
+from .modes import FEW_MODES, MODES, Mode, define
 
 NAN = float("nan")
 
@@ -75,6 +76,47 @@ def test_any_strides(case: Case, dtype, layout, capability):
     assert actual["y"].is_contiguous()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", FEW_MODES, ids=str)
+def test_any_strides_in_every_mode(mode: Mode, layout, capability):
+    """Also of the state, the offsets and the lengths; channels-last inputs are among the layouts."""
+    tensors, grad = mode.tensors(torch.float32), mode.grad(torch.float32)
+    options = mode.options()
+    expected = results(causal_conv1d, tensors, grad, backend="cpu", **options)
+    for name in ("cu_seqlens", "lengths"):
+        if options[name] is not None:
+            options[name] = torch.stack([options[name]] * 2, 1)[:, 0]
+    for changed in [{name} for name in (*tensors, "grad")] + [{*tensors, "grad"}]:
+        views = {name: layout(t) if name in changed else t for name, t in tensors.items()}
+        grad_view = layout(grad) if "grad" in changed else grad
+        actual = results(causal_conv1d, views, grad_view, backend="cpu", **options)
+        for name, t in actual.items():
+            assert torch.equal(t, expected[name]), (changed, name)
+        assert actual["y"].is_contiguous()
+    states = [causal_conv1d(**t, backend="cpu", return_final_state=True, **options)[1] for t in (tensors, views)]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_expanded_in_every_mode(groups, capability):
+    """Strides of 0, and a state and a residual that are views of x."""
+    mode = Mode(2, 6, 6, 50, 3, 4, groups, "gelu", "before", state=True)
+    tensors, grad = mode.tensors(torch.float64), mode.grad(torch.float64)[:, :, :1].expand(2, 6, 50)
+    for dim in range(3):
+        views = {name: t.narrow(min(dim, t.dim() - 1), 0, 1).expand(t.shape) for name, t in tensors.items()}
+        copies = {name: t.contiguous() for name, t in views.items()}
+        expected = results(define(mode), copies, grad)
+        assert_agree(results(causal_conv1d, views, grad, backend="cpu", **mode.options()), expected)
+    x, weight = tensors["x"].requires_grad_(), tensors["weight"].requires_grad_()
+    outcomes = []
+    for function in (define(mode), lambda *t: causal_conv1d(*t[:3], residual=t[3], initial_state=t[4], backend="cpu",
+                                                            **mode.options())):  # fmt: skip
+        y = function(x, weight, weight[:, 0, 0], x, x[:, :, 20:28])
+        grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+        outcomes.append({"y": y.detach(), "x": grad_x, "weight": grad_weight})
+    assert_agree(*reversed(outcomes))
+
+
 def two_blocks(batch, length, dtype=torch.float32, seed=0):
     """x and the weights of a block with a skip and of one without."""
     g = torch.Generator().manual_seed(seed)
@@ -82,9 +124,9 @@ def two_blocks(batch, length, dtype=torch.float32, seed=0):
     return [torch.randn(s, generator=g, dtype=dtype) for s in shapes]
 
 
-def run_stack(leaves, pool):
+def run_stack(leaves, pool, **where):
     blocks = [BlockWeights(*leaves[1:7]), BlockWeights(*leaves[7:])]
-    return causal_conv_stack(leaves[0], blocks, [8, 3], pool=pool, backend="cpu")
+    return causal_conv_stack(leaves[0], blocks, [8, 3], pool=pool, backend="cpu", **where)
 
 
 @pytest.mark.parametrize("pool", [False, True])
@@ -177,6 +219,36 @@ def test_every_output_of_stack_and_weight_norm_is_written(dtype, capability, poi
         assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_output_is_written_in_every_mode(dtype, capability, poisoned):
+    for mode in MODES[:: 1 if dtype == torch.float32 else 3]:
+        tensors, grad = mode.tensors(dtype), mode.grad(dtype)
+        actual = results(causal_conv1d, tensors, grad, backend="cpu", **mode.options())
+        state = causal_conv1d(**tensors, backend="cpu", return_final_state=True, **mode.options())[1]
+        assert all(t.isfinite().all() for t in (*actual.values(), state)), mode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_output_of_a_stack_of_sequences_is_written(dtype, capability, poisoned):
+    for offsets, lengths, length, pool in (
+        ((0, 30, 31, 70), None, 70, True),
+        ((0, 30, 31, 31, 70), None, 70, False),
+        ((0,), None, 0, True),
+        (None, (70, 1, 9), 70, True),
+        (None, (70, 0, 9), 70, False),
+        (None, (0, 0, 0), 5, False),
+    ):
+        where = {"lengths": None if lengths is None else torch.tensor(lengths)}
+        if offsets is not None:
+            where = {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32)}
+        leaves = [t.requires_grad_() for t in two_blocks(1 if lengths is None else 3, length, dtype)]
+        y = run_stack(leaves, pool, **where)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        with torch.no_grad():
+            assert torch.equal(run_stack(leaves, pool, **where), y)
+        assert all(t.isfinite().all() for t in (y, *gradients))
+
+
 GUARDED = """
 import ctypes, itertools, mmap, sys
 import torch
@@ -205,7 +277,7 @@ def guarded(shape, dtype, at_end):
             raise OSError(ctypes.get_errno(), "mprotect")
     offset = PAGE + (pages * PAGE - size if at_end else 0)
     t = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
-    return t.fill_(float("nan") if dtype.is_floating_point else -(2**62))
+    return t.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
 
 
 if sys.argv[1] == "self-test":
@@ -226,6 +298,10 @@ def new_empty(self, *size, dtype=None, **_):
 
 torch.Tensor.new_empty = new_empty
 torch.empty_like = lambda t, **_: new_empty(t, t.shape)
+
+
+def integers(dtype, *values):
+    return guarded((len(values),), dtype, at_end).copy_(torch.tensor(values, dtype=dtype))
 
 
 def random(*shape):
@@ -255,6 +331,47 @@ for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float3
             gradients = torch.autograd.grad([y, *w], leaves, [random(*t.shape).detach() for t in (y, *w)])
             assert all(bool(t.isfinite().all()) for t in (y, *w, *gradients))
         del tensors, widened, residual, leaves, blocks, y, w, gradients
+        kept.clear()
+    for batch, c, o, groups, length, k, dilation, activation, before, state, where in [
+        (2, 6, 6, 6, 97, 3, 4, "silu", True, True, {}), (1, 3, 3, 3, 4100, 5, 7, "gelu", False, False, {}),
+        (2, 3, 3, 3, 5, 4, 3, None, False, True, {}), (2, 6, 9, 3, 50, 3, 2, "tanh", False, True, {}),
+        (2, 4, 12, 4, 33, 2, 1, "gelu", True, False, {}), (2, 3, 5, 1, 385, 3, 64, "silu", True, True, {}),
+        (3, 3, 5, 1, 4, 3, 5, None, False, True, {}), (2, 3, 5, 1, 40, 1, 2, "relu", True, True, {}),
+        (1, 3, 5, 1, 70, 3, 4, "silu", True, True, {"cu_seqlens": (0, 30, 30, 31, 70)}),
+        (1, 3, 3, 3, 70, 3, 4, "gelu", False, True, {"cu_seqlens": (0, 30, 30, 31, 70)}),
+        (1, 3, 5, 1, 70, 3, 4, "gelu", False, False, {"cu_seqlens": (0, 30, 31, 70)}),
+        (3, 3, 5, 1, 40, 3, 4, "gelu", False, False, {"lengths": (40, 1, 13)}),
+        (1, 6, 4, 2, 70, 3, 40, "tanh", False, False, {"cu_seqlens": (0, 1, 69, 70)}),
+        (1, 3, 5, 1, 70, 3, 4, "silu", True, True, {"cu_seqlens": (-9, 90, 30, 2**31 - 1, 0)}),
+        (1, 3, 3, 3, 70, 3, 4, "gelu", False, True, {"cu_seqlens": (5, -(2**31), 80, 60)}),
+        (3, 3, 5, 1, 40, 3, 4, "gelu", True, True, {"lengths": (40, 0, 13)}),
+        (3, 4, 4, 4, 40, 3, 4, "silu", False, True, {"lengths": (1, 40, 13)}),
+        (3, 4, 4, 4, 40, 3, 4, "silu", True, False, {"lengths": (2**62, -(2**62), 41)}),
+        (2, 3, 5, 1, 40, 3, 4, "tanh", False, True, {"lengths": (41, -1)}),
+    ]:
+        torch.set_num_threads(2 if length > 4000 else 1)
+        where = {name: integers(torch.int32 if name == "cu_seqlens" else torch.int64, *v) for name, v in where.items()}
+        tensors = [random(batch, c, length), random(o, c // groups, k), random(o), random(batch, o, length)]
+        if state:
+            count = len(where["cu_seqlens"]) - 1 if "cu_seqlens" in where else batch
+            tensors.append(random(count, c, (k - 1) * dilation))
+        y, final = causal_conv1d(
+            *tensors[:3], residual=tensors[3], initial_state=tensors[4] if state else None, dilation=dilation,
+            groups=groups, activation=activation, residual_before_activation=before, return_final_state=True,
+            validate=False, backend="cpu", **where,
+        )
+        gradients = torch.autograd.grad(y, tensors, random(*y.shape).detach())
+        assert all(bool(t.isfinite().all()) for t in (y, final, *gradients))
+        if groups == 1:
+            tensors = [tensors[0], random(o, c, k), random(o), random(c, o, k), random(c)]
+            sizes = where["cu_seqlens"].diff() if "cu_seqlens" in where else where.get("lengths", torch.ones(1))
+            for pool in (False, True) if min(sizes) > 0 else (False,):
+                y = causal_conv_stack(
+                    tensors[0], [tensors[1:]], [dilation], pool=pool, validate=False, backend="cpu", **where
+                )
+                gradients = torch.autograd.grad(y, tensors, random(*y.shape).detach())
+                assert all(bool(t.isfinite().all()) for t in (y, *gradients))
+        del tensors, where, y, final, gradients
         kept.clear()
 assert made > 500, made
 print("done")

@@ -53,6 +53,35 @@ def test_convolution_is_a_padded_conv1d(runner, kernel_size, dilation, bias):
         assert layer(x[1].detach()).shape == (4, 50)
 
 
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_modes_of_the_convolution(runner, groups):
+    """Groups, and what ``forward`` passes on."""
+    torch.manual_seed(0)
+    usual = nn.Conv1d(4, 8, 3, dilation=2, groups=groups, dtype=torch.float64)
+    layer = CausalConv1d(
+        4, 8, 3, dilation=2, groups=groups, dtype=torch.float64, activation="gelu", residual_before_activation=True,
+        backend=runner.use(),
+    )  # fmt: skip
+    layer.load_state_dict(usual.state_dict())
+    x, residual, state = random(2, 4, 50), random(2, 8, 50, seed=1), random(2, 4, 4, seed=2)
+    expected = F.gelu(usual(torch.cat([state, x], 2)) + residual)
+    y, final = layer(x, residual, initial_state=state, return_final_state=True)
+    assert error(y, expected) <= 1e-12
+    assert torch.equal(final, x[:, :, -4:])
+    y = layer(x, residual, initial_state=state, lengths=torch.tensor([50, 7]))
+    assert error(y[0], expected[0]) <= 1e-12
+    assert error(y[1, :, :7], expected[1, :, :7]) <= 1e-12
+    assert (y[1, :, 7:] == 0).all()
+    packed = torch.cat([*x], 1)[None], torch.cat([*residual], 1)[None]
+    y = layer(*packed, initial_state=state, cu_seqlens=torch.tensor([0, 50, 100], dtype=torch.int32))
+    assert error(y, torch.cat([*expected], 1)[None]) <= 1e-12
+    plain = F.gelu(usual(F.pad(x[0], (4, 0))) + residual[0])
+    assert error(layer(x[0], residual[0]), plain) <= 1e-12
+    with pytest.raises(ValueError, match=r"initial_state: input must have shape \(B, C, T\), got \(4, 50\)"):
+        layer(x[0], initial_state=state)
+
+
 def test_convolution_has_the_constructor_and_the_state_of_conv1d():
     ours, usual = (list(inspect.signature(c).parameters.values()) for c in (CausalConv1d, nn.Conv1d))
     assert [(p.name, p.default) for p in ours[: len(usual)]] == [(p.name, p.default) for p in usual]
@@ -102,6 +131,9 @@ def test_convolution_says_what_it_does():
         part in text for part in ("3, 4", "(5,)", "dilation=(2,)", "activation='leaky_relu'", "negative_slope=0.2")
     )
     assert "activation" not in repr(CausalConv1d(3, 4, 5))
+    text = repr(CausalConv1d(4, 4, 5, groups=2, activation="silu", residual_before_activation=True))
+    assert all(part in text for part in ("groups=2", "activation='silu'", "residual_before_activation=True"))
+    assert "slope" not in text
 
 
 @pytest.mark.parametrize("runner", RUNNERS, ids=str)
@@ -346,6 +378,63 @@ def test_encoder_sees_the_whole_series_and_any_length(capability):
         assert y.shape == (2, 5)
         assert error(y, plain(x)) <= 1e-12
     assert encoder(x[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_encoder_of_series_of_unequal_lengths(kind, runner: Runner):
+    """As one by one: the representation, and the gradients of series and weights."""
+    encoder, _ = pair(torch.float64, 2, **SMALL)
+    encoder.backend = runner.use()
+    lengths = (30, 1, 77, 5)
+    series = [random(2, n, seed=n).requires_grad_() for n in lengths]
+    targets = random(4, 5, seed=9)
+    parameters = list(encoder.parameters())
+
+    def outcome(y, inputs):
+        return [y.detach(), *torch.autograd.grad(y, [*inputs, *parameters], targets)]
+
+    expected = outcome(torch.cat([encoder(t[None]) for t in series]), series)
+    if kind == "packed":
+        x, where = torch.cat(series, 1)[None], {"cu_seqlens": torch.tensor([0, 30, 31, 108, 113], dtype=torch.int32)}
+    else:
+        x = torch.stack([F.pad(t, (0, 80 - t.shape[1]), value=float("nan")) for t in series])
+        where = {"lengths": torch.tensor(lengths)}
+    for actual, e in zip(outcome(encoder(x, **where), series), expected, strict=True):
+        assert error(actual, e) <= 1e-10
+    with torch.no_grad(), encoder.folded():
+        assert error(encoder(x, **where), expected[0]) <= 1e-12
+
+
+def test_bits_of_a_series_do_not_depend_on_how_it_is_given_to_the_encoder(capability):
+    torch.manual_seed(0)
+    encoder = CausalCNNEncoder(2, **SMALL)
+    lengths = (30, 1, 77, 5)
+    series = [random(1, 2, n, seed=n).float() for n in lengths]
+    pooled = []
+    encoder.linear = nn.Identity()  # torch's product of matrices depends on the number of rows
+    with torch.no_grad():
+        pooled.append(torch.cat([encoder(t) for t in series]))
+        offsets = torch.tensor([0, 30, 31, 108, 113], dtype=torch.int32)
+        pooled.append(encoder(torch.cat(series, 2), cu_seqlens=offsets))
+        padded = torch.cat([F.pad(t, (0, 80 - t.shape[2])) for t in series])
+        pooled.append(encoder(padded, lengths=torch.tensor(lengths)))
+    assert torch.equal(pooled[0], pooled[1])
+    assert torch.equal(pooled[0], pooled[2])
+
+
+def test_encoder_refuses_series_without_samples():
+    encoder, x = CausalCNNEncoder(2, **SMALL), torch.randn(1, 2, 30)
+    with pytest.raises(ValueError, match="empty series"):
+        encoder(x, cu_seqlens=torch.tensor([0, 30, 30], dtype=torch.int32))
+    with pytest.raises(ValueError, match="empty series"):
+        encoder(x, lengths=torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"^cu_seqlens must"):
+        encoder(x, cu_seqlens=torch.tensor([0, 31], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"^lengths must be between 0 and 30, got 31"):
+        encoder(x, lengths=torch.tensor([31]))
+    with pytest.raises(ValueError, match=r"^lengths cannot be combined with cu_seqlens"):
+        encoder(x, lengths=torch.tensor([30]), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("shape", [(2, 30), (2, 2, 0), (1, 2, 2, 30), (30,)])

@@ -21,7 +21,7 @@ OUTPUT, GRADIENT = 1e-12, 1e-10  # allowed errors in float64
 
 # The thread count and the capability, which fixtures restore after a test, are the same for all examples of a test.
 repeatable = settings(
-    derandomize=True, database=None, deadline=None, max_examples=80, suppress_health_check=[*HealthCheck]
+    derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=[*HealthCheck]
 )
 each_capability = pytest.mark.parametrize("runner", COMPILED, ids=str)
 

@@ -107,7 +107,9 @@ def causal_conv_stack(
         conv.check_offsets(cu_seqlens, x, validate)
         if lengths is not None:
             raise ValueError("lengths cannot be combined with cu_seqlens: packed sequences have no padding")
-        if pool and len(cu_seqlens) > 1 and conv.reads_values(cu_seqlens, validate):
+        if len(cu_seqlens) == 1:
+            shortest = 1  # of no sequences, none is empty
+        elif pool and conv.reads_values(cu_seqlens, validate):
             shortest = int(cu_seqlens.diff().min())
     if lengths is not None:
         conv.check_lengths(lengths, x, validate)

@@ -593,6 +593,13 @@ def row_blocks(blocks: Blocks, rows: int, per_group: int) -> int:
     return int(triton.cdiv(rows, blocks.rows))
 
 
+def allows_tf32() -> bool:
+    """Whether the user lets products of float32 matrices round their factors; PyTorch's default is no."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # since PyTorch 2.9, where the older flag may raise
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
 class Problem:
     """What the kernels are told about one call."""
 
@@ -630,14 +637,12 @@ class Problem:
             "dilation": options.dilation if live > 1 else 1,
             "reach": self.reach,
         }
-        # "highest" is PyTorch's default and keeps float32 as accurate as it is elsewhere.
-        tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         self.constants = {
             "KERNEL_SIZE": live,
             "ACTIVATION": options.activation,
             "NEGATIVE_SLOPE": options.negative_slope if options.activation == "leaky_relu" else 0.0,
             "OPERAND": ACCUMULATOR[x.dtype] if INTERPRETED else OPERAND[x.dtype],
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": "tf32" if x.dtype == torch.float32 and allows_tf32() else "ieee",
             "ACC": ACCUMULATOR[x.dtype],
         }
 

@@ -1,0 +1,83 @@
+"""The GPU benchmarks as far as they go without a GPU: cases, costs, checks and the report."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def cases(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCH)
+    import gpu_cases
+
+    return gpu_cases
+
+
+@pytest.fixture
+def family(cases, monkeypatch) -> ModuleType:
+    import gpu_causal_conv
+
+    layers = [gpu_causal_conv.Layer(2, 4, 30, 3, 4, False), gpu_causal_conv.Layer(2, 6, 30, 4, 1, True)]
+    monkeypatch.setattr(gpu_causal_conv, "LAYERS", layers)
+    return gpu_causal_conv
+
+
+def test_contenders_agree_with_float64(cases, family, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # takes half a minute
+    found = list(family.cases())
+    assert len({case.name for case in found}) == len(found) == 8
+    for case in found:
+        runs, expected = case.prepare("cpu")
+        assert len(expected) == (1 if "backward" not in case.name else 4 if "depthwise" in case.name else 5)
+        assert list(runs) == ["pykernels", "eager", "compiled"]
+        for name, run in runs.items():
+            values = run()
+            assert all(v.dtype == case.dtype for v in values)
+            errors = [cases.relative_error(v, e) for v, e in zip(values, expected, strict=True)]
+            assert cases.wrong_results({name: max(errors)}, case.dtype) == {}
+
+
+def test_costs_by_hand(cases, family):
+    first = next(family.cases())
+    assert first.flops == 2 * 2 * 4 * 4 * (30 + 26 + 22)
+    assert first.bytes_moved == 4 * (3 * 2 * 4 * 30 + 4 * 4 * 3 + 4)
+
+
+def test_judgement(cases):
+    case = cases.Case("some case", torch.float32, flops=6_000, bytes_moved=1_000, prepare=lambda device: ({}, []))
+    limits = cases.Limits(1e6, {torch.float32: 3e6})
+    times = {"pykernels": [0.004] * 7, "eager": [0.01] * 6 + [0.9], "compiled": [0.008] * 7}
+    result = cases.judge(case, times, {"pykernels": 1e-7, "eager": 1e-7, "compiled": 1e-7}, limits)
+    assert result["speedup"] == pytest.approx(2)
+    assert result["fastest_other"] == "compiled"
+    assert result["limited_by"] == "products"
+    assert result["share_of_limit"] == pytest.approx(0.5)
+    assert result["flops_per_byte"] == 6
+    wrong = cases.judge(case, {}, {"pykernels": float("nan"), "eager": 1e-7}, limits)
+    assert list(wrong["wrong"]) == ["pykernels"]
+    assert "contenders" not in wrong
+    report = {
+        "machine": {"gpu": "a GPU"},
+        "limits": {"copy_bytes_per_s": 1e6, "gemm_flop_per_s": {"float32": 3e6}},
+        "cases": {"some case": result, "a wrong one": wrong},
+    }
+    lines = cases.table(report).splitlines()
+    assert len(lines) == 4
+    assert "4.0000" in lines[2]
+    assert "50%" in lines[2]
+    assert "2.50 x eager, 2.00 x compiled (products)" in lines[2]
+    assert "no time is reported" in lines[3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and this would run all of it")
+def test_without_a_gpu_the_script_says_so():
+    run = subprocess.run([shutil.which("bash"), str(BENCH / "gpu.sh")], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    assert "sees a GPU" in run.stderr
