@@ -131,8 +131,8 @@ def test_sparse_labels():
     assert results[2].std == 0
     again = sparse_labels(transformer, data, labels=[12, 0.25, 200], runs=3)
     assert again == results
-    assert [r.labels for r in sparse_labels(transformer, data, runs=1)][:5] == [12, 15, 18, 23, 29]
-    assert sparse_labels(transformer, data, runs=1)[-1].labels == 200
+    default = [r.labels for r in sparse_labels(transformer, data, runs=1)]
+    assert (default[:5], default[-2:]) == ([12, 15, 18, 23, 29], [174, 200])
     for labels in ([3], [201], [199], [0.0]):
         with pytest.raises(ValueError, match=r"^labels must be from 4 \(the classes\) to 196, or all 200; got "):
             sparse_labels(transformer, data, labels=labels)
