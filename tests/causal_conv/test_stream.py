@@ -202,5 +202,17 @@ def test_stream_arguments():
     assert stream.time == 0
 
 
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("tile_bytes", [1 << 7, 1 << 10, 3 << 10, 40 << 10])
+def test_a_stack_without_backward_is_taken_in_tiles_with_the_same_bits(capability, monkeypatch, tile_bytes, pool):
+    x = random(5, 2, 150)
+    x[3, 1, 70] = torch.nan
+    expected = causal_conv_stack(x.requires_grad_(), BLOCKS, DILATIONS, pool=pool, backend="cpu").detach()
+    monkeypatch.setattr("pykernels.ops.causal_conv.stack._TILE_BYTES", tile_bytes)
+    actual = causal_conv_stack(x.detach(), BLOCKS, DILATIONS, pool=pool, backend="cpu")
+    assert torch.equal(actual.nan_to_num(1e9), expected.nan_to_num(1e9))
+    assert expected.isnan().any()
+
+
 def test_public_names():
     assert {"ConvState", "causal_conv1d_step"} <= set(pykernels.__all__)

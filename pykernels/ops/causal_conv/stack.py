@@ -8,7 +8,7 @@ one is written, and behind the maximum over time the backward visits only the ti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from pykernels.ops.causal_conv.op import ACTIVATIONS, implement, library
 _ACTIVATION = "leaky_relu"
 _LEAKY, _NONE = ACTIVATIONS[_ACTIVATION], ACTIVATIONS["none"]
 _FIELDS = 6  # of a BlockWeights
+_PLACES = 4  # activations that a forward without a backward holds at a time
+_TILE_BYTES = 5 << 19  # of those activations, per thread, that stay in cache
 
 library.define(  # y, or with pool its maximum over time; if save, also what the backward needs
     "causal_conv_stack(Tensor x, Tensor?[] weights, Tensor? cu_seqlens, Tensor? lengths, int[] dilations, "
@@ -301,6 +303,21 @@ class _Arena:
         return t
 
 
+class _Past:
+    """What the convolutions of a stack have seen, where a series is taken in stretches of time."""
+
+    def __init__(self) -> None:
+        self.states: dict[tuple[int, int], Tensor] = {}
+
+    def arguments(self, key: tuple[int, int]) -> tuple[int, Any]:
+        state = self.states.get(key)
+        return (0, NO_STRIDES) if state is None else (state.data_ptr(), state.stride())
+
+    def advance(self, key: tuple[int, int], x: Tensor, size: int) -> None:
+        if size > 0:
+            self.states[key] = reference.final_state(x, size, self.states.get(key), None, None)
+
+
 def _forward_cpu(
     x: Tensor,
     weights: list[Tensor | None],
@@ -311,6 +328,36 @@ def _forward_cpu(
     pool: bool,
     save: bool,
 ) -> list[Tensor]:
+    blocks = _blocks_of(_dense(weights, x))
+    options = (dilations, negative_slope, pool, save)
+    batch, _, length = x.shape
+    widest = max(block.weight1.shape[1] for block in blocks)
+    tile = max(1, _TILE_BYTES * max(2, torch.get_num_threads()) // (_PLACES * widest * x.element_size()))
+    if save or cu_seqlens is not None or lengths is not None or batch * length <= tile:
+        return _forward_tile(x, blocks, cu_seqlens, lengths, *options, None)
+    # Nothing is kept for a backward: a few samples, or a stretch of time of one, go through all blocks while their
+    # activations are in cache, and memory does not grow with the series.
+    samples, stretch = (tile // length, length) if length <= tile else (1, tile)
+    rows_of_result = []
+    for part in x.split(samples):
+        past = _Past() if stretch < length else None
+        tiles = [_forward_tile(piece, blocks, None, None, *options, past)[0] for piece in part.split(stretch, 2)]
+        rows_of_result.append(reduce(torch.maximum, tiles) if pool else torch.cat(tiles, 2))
+    return [torch.cat(rows_of_result)]
+
+
+def _forward_tile(
+    x: Tensor,
+    blocks: list[BlockWeights],
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    dilations: list[int],
+    negative_slope: float,
+    pool: bool,
+    save: bool,
+    past: _Past | None,
+) -> list[Tensor]:
+    """The forward of what goes through all blocks at once, after ``past`` if that is given, which is advanced."""
     assert _native.cpu is not None
     run, is_double = _native.cpu.causal_conv1d_forward, IS_DOUBLE[x.dtype]
     last_arguments = (negative_slope, False, torch.get_num_threads())
@@ -320,10 +367,12 @@ def _forward_cpu(
     if cu_seqlens is not None or lengths is not None:
         sequences = Sequences(cu_seqlens, lengths)
         record, count = sequences.record, sequences.count
-    blocks = _blocks_of(_dense(weights, x))
+    no_state = (0, NO_STRIDES)
     # What is not saved takes turns in four places: h1, the skip, and the outputs of this block and the one before.
     place = max(_Arena.size(x, max(b.weight1.shape[0], b.weight2.shape[0])) for b in blocks)
-    temporary = _Arena(x, 4 * place if not save else place if any(b.skip_weight is not None for b in blocks) else 0)
+    temporary = _Arena(
+        x, _PLACES * place if not save else place if any(b.skip_weight is not None for b in blocks) else 0
+    )
     arena = _Arena(x, _Arena.saved_size(x, blocks, pool) if save else 0)
     pooled: list[Tensor] = []
     result = x
@@ -338,14 +387,15 @@ def _forward_cpu(
             skip = temporary.at(0, out)
             skip_strides = (out * length, length, 1)
             shapes = (is_double, x_shape, skip_weight.shape, 1, 1, record, x_address, x_strides, skip_weight.data_ptr())
-            skip_inputs = (_bias_address(skip_bias, out), 0, NO_STRIDES, 0, NO_STRIDES)
+            skip_inputs = (_bias_address(skip_bias, out), 0, NO_STRIDES, *no_state)
             run(*shapes, *skip_inputs, skip.data_ptr(), 0, NO_POOL, _NONE, *last_arguments)
         if skip.shape[1] != out:
             raise ValueError(f"the skip gives {skip.shape[1]} channels, the block {out}")
         h1 = arena.take(hidden) if save else temporary.at(place, hidden)
         h1_address = h1.data_ptr()
         shapes = (is_double, x_shape, weight1.shape, dilation, 1, record, x_address, x_strides, weight1.data_ptr())
-        first_inputs = (_bias_address(bias1, hidden), 0, NO_STRIDES, 0, NO_STRIDES)
+        state = no_state if past is None else past.arguments((i, 1))
+        first_inputs = (_bias_address(bias1, hidden), 0, NO_STRIDES, *state)
         run(*shapes, *first_inputs, h1_address, 0, NO_POOL, _LEAKY, *last_arguments)
         shapes = (
             is_double,
@@ -358,7 +408,8 @@ def _forward_cpu(
             (hidden * length, length, 1),
             weight2.data_ptr(),
         )
-        inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides, 0, NO_STRIDES)
+        state = no_state if past is None else past.arguments((i, 2))
+        inputs = (_bias_address(bias2, out), skip.data_ptr(), skip_strides, *state)
         last = i == len(blocks) - 1
         if pool and last:
             result = x.new_empty((count, out))
@@ -374,6 +425,9 @@ def _forward_cpu(
             outputs = (result.data_ptr(), h2_address, NO_POOL)
         if result.numel() > 0:
             run(*shapes, *inputs, *outputs, _LEAKY, *last_arguments)
+        if past is not None:
+            past.advance((i, 1), x, (weight1.shape[2] - 1) * dilation)
+            past.advance((i, 2), h1, (weight2.shape[2] - 1) * dilation)
         x, x_strides, channels = result, (out * length, length, 1), out
     return [result, arena.memory, *pooled] if save else [result]
 
