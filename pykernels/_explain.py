@@ -131,7 +131,8 @@ class Explanation:
         inside = sum(call.seconds for call in self.calls)
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         lines = [
-            f"{len(self.calls)} calls of pykernels took {_milliseconds(inside)} of {_milliseconds(self.seconds)}",
+            f"{len(self.calls)} call{'s' * (len(self.calls) != 1)} of pykernels took {_milliseconds(inside)} "
+            f"of {_milliseconds(self.seconds)}",
             f"CPU capability {self.capability}, {threads}",
         ]
         for (dtype, device), limits in {(c.dtype, c.device): c.limits for c in self.calls if c.limits}.items():

@@ -64,7 +64,7 @@ def test_one_sample():
 def test_the_report_has_it_all():
     text = str(explain(CausalConv1d(3, 8, 3), X))
     for part in (
-        "1 calls of pykernels took",
+        "1 call of pykernels took",
         f"CPU capability {pykernels.cpu_capability()}, 1 thread\n",
         "flop/s in matrix products",
         "causal_conv1d, forward",
