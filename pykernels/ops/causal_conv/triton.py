@@ -600,6 +600,15 @@ def allows_tf32() -> bool:
     return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
+def expect(t: Tensor, shape: tuple[int, ...], like: Tensor, name: str) -> None:
+    """Raise unless ``t`` is what a kernel is about to read."""
+    if t.shape != shape or t.dtype != like.dtype or t.device != like.device:
+        raise ValueError(
+            f"{name} must have shape {shape}, {like.dtype} on {like.device}, got {tuple(t.shape)}, {t.dtype} on "
+            f"{t.device}; call pykernels.causal_conv1d rather than the raw operator"
+        )
+
+
 class Problem:
     """What the kernels are told about one call."""
 
@@ -618,6 +627,12 @@ class Problem:
         self.out_per_group = self.out_channels // options.groups
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.reach = 0 if initial_state is None else (self.taps - 1) * options.dilation
+        self.result = (self.batch, self.out_channels, self.length)
+        expect(weight, (self.out_channels, self.in_channels // options.groups, self.taps), x, "weight")
+        if initial_state is not None:
+            expect(initial_state, (self.sequences, self.in_channels, self.reach), x, "initial_state")
+        if lengths is not None:
+            expect(lengths, (self.batch,), lengths, "lengths")
         # Taps that lie wholly before a start without a state are dead. Without them no shift exceeds the length.
         live = self.taps if self.reach else max(1, min(self.taps, (self.length - 1) // options.dilation + 1))
         self.dead = self.taps - live
@@ -675,7 +690,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y (B, O, T) and, with ``save``, what the backward needs beside it; see ``op.py``."""
     p = Problem(x, weight, initial_state, cu_seqlens, lengths, options)
-    y = x.new_empty((p.batch, p.out_channels, p.length))
+    y = x.new_empty(p.result)
+    if bias is not None:
+        expect(bias, p.result[1:2], x, "bias")
+    if residual is not None:
+        expect(residual, p.result, x, "residual")
     saved = torch.empty_like(y) if save else None
     if p.empty():
         return y.zero_(), None if saved is None else saved.zero_()
@@ -727,6 +746,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial_state, empty (0,) where not needed; see ``op.py``."""
     p = Problem(x, weight, initial_state, cu_seqlens, lengths, options)
+    expect(grad_y, p.result, x, "grad_y")
+    if saved is not None:
+        expect(saved, p.result, x, "saved")
     grad_y = grad_y.resolve_neg()
     saved = None if saved is None else saved.resolve_neg().contiguous()
     gradients = empty_gradients(x, weight, initial_state, need_x, need_weight, need_bias, need_state)
