@@ -407,7 +407,21 @@ def test_self_check_passes(capability):
 
 def test_self_check_sees_a_wrong_value_and_a_wrong_gradient():
     x = (torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
-    assert compare(torch.sin, torch.sin, x).passed
-    assert not compare(torch.sin, lambda t: torch.sin(t) * (1 + 1e-4), x).passed
-    assert not compare(torch.sin, lambda t: torch.sin(t).detach() + 0 * t, x).passed
-    assert not compare(torch.sin, lambda t: torch.sin(t) * float("nan"), x).passed
+    assert compare(torch.sin, torch.sin, x, "cpu").passed
+    assert not compare(torch.sin, lambda t: torch.sin(t) * (1 + 1e-4), x, "cpu").passed
+    assert not compare(torch.sin, lambda t: torch.sin(t).detach() + 0 * t, x, "cpu").passed
+    assert not compare(torch.sin, lambda t: torch.sin(t) * float("nan"), x, "cpu").passed
+
+    class SecondIsNaN(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(b)
+            return a * b
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0], grad * float("nan")
+
+    two = (x[0].detach(), x[0].detach() + 1)
+    assert compare(torch.mul, torch.mul, two, "cpu").passed
+    assert not compare(torch.mul, SecondIsNaN.apply, two, "cpu").passed

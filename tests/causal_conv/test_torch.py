@@ -108,8 +108,16 @@ def test_every_raw_operator_is_covered():
 
 
 @pytest.mark.parametrize(("name", "args"), CALLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(name, args, dtype):
+def test_opcheck(name, args):
+    opcheck(name, args, torch.float64)
+
+
+@pytest.mark.parametrize(("name", "calls"), RAW.items(), ids=RAW)
+def test_opcheck_in_float32(name, calls):
+    opcheck(name, calls[0], torch.float32)
+
+
+def opcheck(name, args, dtype):
     def convert(value):
         if isinstance(value, list):
             return [convert(v) for v in value]
@@ -467,7 +475,7 @@ def test_compile_honours_the_backend():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_derivatives_of_the_first_two_orders(name, capability):
+def test_derivatives_of_the_first_two_orders(name):
     function, tensors = calls("cpu")[name]
     leaves = [t.clone().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)

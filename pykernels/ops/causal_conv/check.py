@@ -15,11 +15,12 @@ ALLOWED = {"float64 forward": 1e-12, "float64 gradients": 1e-10, "float32 forwar
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """``max|value - expected| / max|expected|`` in float64; 0 for empty tensors."""
+    """``max|value - expected| / max|expected|`` in float64; 0 for empty tensors, infinite for NaN."""
     if expected.numel() == 0:
         return 0.0
     difference = (value.cpu().double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    error = difference / expected.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(error.nan_to_num(torch.inf))
 
 
 def compare(
