@@ -25,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUM_PYTHON = (3, 11)
-EXTRAS = ("models", "data", "plot", "triton")
+EXTRAS = ("models", "data", "plot")
+MORE_EXTRAS = {"test": ("triton",)}
 GROUPS = {"demo": (), "bench": ("test",), "test": ("test",), "docs": ("docs",), "lint": ("lint",)}
 # scikit-build-core asks for these under build isolation only. Without isolation a rebuild works offline.
 BUILD_PROGRAMS = ("cmake>=3.18", "ninja")
@@ -186,7 +187,7 @@ def requirements(purpose):
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = [*project["build-system"]["requires"], *BUILD_PROGRAMS, *project["project"]["dependencies"]]
-    for extra in EXTRAS:
+    for extra in (*EXTRAS, *MORE_EXTRAS.get(purpose, ())):
         wanted += project["project"]["optional-dependencies"][extra]
     for group in GROUPS[purpose]:
         wanted += project["dependency-groups"][group]
@@ -225,7 +226,8 @@ def install_torch(environment, wheel):
 def install_requirements(environment, purpose):
     torch = environment.look()["torch"]
     new = not environment.state["requirements"]
-    print(f"Installing what else is needed{': up to about 230 MB of downloads' if new else ''}", flush=True)
+    size = "540 MB of downloads, half of it Triton" if "triton" in MORE_EXTRAS.get(purpose, ()) else "230 MB of downloads"
+    print(f"Installing what else is needed{f': up to about {size}' if new else ''}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         keep_torch = Path(folder) / "constraints.txt"
         keep_torch.write_text(f"torch=={torch}\n", encoding="utf-8")
