@@ -226,7 +226,9 @@ def install_torch(environment, wheel):
 def install_requirements(environment, purpose):
     torch = environment.look()["torch"]
     new = not environment.state["requirements"]
-    size = "540 MB of downloads, half of it Triton" if "triton" in MORE_EXTRAS.get(purpose, ()) else "230 MB of downloads"
+    size = (
+        "540 MB of downloads, half of it Triton" if "triton" in MORE_EXTRAS.get(purpose, ()) else "230 MB of downloads"
+    )
     print(f"Installing what else is needed{f': up to about {size}' if new else ''}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         keep_torch = Path(folder) / "constraints.txt"
