@@ -56,4 +56,34 @@ PK_INLINE Vec<T> activate_backward(Vec<T> grad, Vec<T> saved, Activation activat
     return grad;
 }
 
+// y = act(z) + residual, or act(z + residual), in place of z: n channels or samples side by side. Residual and saved, as in
+// CausalConvForward, or null.
+template <class T>
+void finish_row(T* y, T* saved, const T* residual, Index n, Activation activation, T negative_slope,
+                bool residual_before_activation) {
+    constexpr int lanes = Vec<T>::lanes;
+    const bool relu = activation == Activation::relu, argument = needs_argument(activation);
+    if (residual != nullptr && residual_before_activation) add_scaled(y, T(1), residual, n);
+    if (saved != nullptr && argument) copy(saved, y, n);
+    if (relu || activation == Activation::leaky_relu) {
+        const Vec<T> zero(T(0)), slope(negative_slope);
+        for (Index i = 0; i < n; i += lanes) {
+            const int count = static_cast<int>(min(lanes, n - i));
+            const Vec<T> z = Vec<T>::load_first(y + i, count);
+            select_le(z, zero, relu ? zero : slope * z, z).store_first(y + i, count);
+        }
+    } else if (activation != Activation::none) {
+        const Index whole = n / lanes * lanes;
+        activate_in_place(y, whole, activation);
+        if (whole < n) {
+            T rest[lanes] = {};
+            copy(rest, y + whole, n - whole);
+            activate_in_place(rest, lanes, activation);
+            copy(y + whole, rest, n - whole);
+        }
+    }
+    if (saved != nullptr && !argument) copy(saved, y, n);
+    if (residual != nullptr && !residual_before_activation) add_scaled(y, T(1), residual, n);
+}
+
 PK_ISA_END

@@ -96,34 +96,8 @@ struct ForwardTask {
     T* memory;  // per worker: weights of a channel, then [ state | x ]
     Index memory_stride;
 
-    // y = act(z) + residual of `n` samples, in place of z.
     void finish(T* y, T* saved, const T* residual, Index n) const {
-        constexpr int lanes = Vec<T>::lanes;
-        const auto add = [&] {
-            if (residual != nullptr) add_scaled(y, T(1), residual, n);
-        };
-        if (p.residual_before_activation) add();
-        if (saved != nullptr && needs_argument(p.activation)) copy(saved, y, n);
-        if (p.activation == Activation::relu || p.activation == Activation::leaky_relu) {
-            const Vec<T> zero(T(0)), slope(p.activation == Activation::relu ? T(0) : p.negative_slope);
-            const bool relu = p.activation == Activation::relu;
-            for (Index i = 0; i < n; i += lanes) {
-                const int count = static_cast<int>(min(lanes, n - i));
-                const Vec<T> z = Vec<T>::load_first(y + i, count);
-                select_le(z, zero, relu ? zero : slope * z, z).store_first(y + i, count);
-            }
-        } else if (p.activation != Activation::none) {
-            const Index whole = n / lanes * lanes;
-            activate_in_place(y, whole, p.activation);
-            if (whole < n) {
-                T rest[lanes] = {};
-                copy(rest, y + whole, n - whole);
-                activate_in_place(rest, lanes, p.activation);
-                copy(y + whole, rest, n - whole);
-            }
-        }
-        if (saved != nullptr && !needs_argument(p.activation)) copy(saved, y, n);
-        if (!p.residual_before_activation) add();
+        finish_row(y, saved, residual, n, p.activation, p.negative_slope, p.residual_before_activation);
     }
 
     void operator()(Index task, int worker) const {

@@ -145,32 +145,6 @@ void multiply_depthwise(const StepConv<T>& conv, const T* x, Index sample, Index
     }
 }
 
-// y = act(z) + residual in place of z.
-template <class T>
-void finish(const StepConv<T>& conv, T* y, const T* residual) {
-    constexpr int lanes = Vec<T>::lanes;
-    const Index n = conv.out_channels;
-    if (residual != nullptr && conv.residual_before_activation) add_scaled(y, T(1), residual, n);
-    const bool relu = conv.activation == Activation::relu;
-    if (relu || conv.activation == Activation::leaky_relu) {
-        const Vec<T> zero(T(0)), slope(conv.negative_slope);
-        for (Index i = 0; i < n; i += lanes) {
-            const int count = static_cast<int>(min(lanes, n - i));
-            const Vec<T> z = Vec<T>::load_first(y + i, count);
-            select_le(z, zero, relu ? zero : slope * z, z).store_first(y + i, count);
-        }
-    } else if (conv.activation != Activation::none) {
-        for (Index i = 0; i < n; i += lanes) {
-            const int count = static_cast<int>(min(lanes, n - i));
-            T values[lanes] = {};
-            copy(values, y + i, count);
-            activate_in_place(values, lanes, conv.activation);
-            copy(y + i, values, count);
-        }
-    }
-    if (residual != nullptr && !conv.residual_before_activation) add_scaled(y, T(1), residual, n);
-}
-
 // One convolution for `count` samples from `first` on; x, residual and y start at the first one.
 template <class T>
 void step(const StepConv<T>& conv, Index first, Index count, Index time, const T* x, Index x_stride, const T* residual,
@@ -190,7 +164,8 @@ void step(const StepConv<T>& conv, Index first, Index count, Index time, const T
         ++b;
     }
     for (Index b = 0; b < count; ++b) {
-        finish(conv, y + b * y_stride, residual == nullptr ? nullptr : residual + b * residual_stride);
+        finish_row<T>(y + b * y_stride, nullptr, residual == nullptr ? nullptr : residual + b * residual_stride,
+                      conv.out_channels, conv.activation, conv.negative_slope, conv.residual_before_activation);
         if (past > 0)
             copy(conv.ring + ((first + b) * past + time % past) * conv.in_channels, x + b * x_stride, conv.in_channels);
     }
