@@ -251,12 +251,12 @@ def accuracy_table(results: Iterable[Accuracy | Mapping[str, Any]]) -> str:
     runs = [(r if isinstance(r, Mapping) else vars(r)) for r in results]
     known = list(TOLERANCES)
 
-    def order(run: Mapping[str, Any]) -> tuple[int, str, str]:
-        dataset = run["dataset"]
-        return (known.index(dataset) if dataset in known else len(known), dataset, run["method"])
+    def order(run: Mapping[str, Any]) -> tuple[int, str, int, str]:
+        dataset, method = run["dataset"], run["method"]
+        return known.index(dataset) if dataset in known else len(known), dataset, len(method), method  # K2 before K10
 
     rows = []
-    for (_, dataset, method), group in groupby(sorted(runs, key=order), key=order):
+    for (_, dataset, _, method), group in groupby(sorted(runs, key=order), key=order):
         same = list(group)
         values = [float(run["accuracy"]) for run in same]
         mean = statistics.fmean(values)
