@@ -427,9 +427,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("capability", [] { return public_name(pk::active_isa()); }, "Name of the capability in use.");
     m.def("set_capability", &set_capability, py::arg("name"));
     m.def("has_openmp", &pk::has_openmp);
-    m.def("expect_writes", [](std::uintptr_t address, std::size_t bytes) {
-        pk::expect_writes(reinterpret_cast<void*>(address), bytes);
-    });
     m.def("causal_conv1d_forward", &causal_conv1d_forward);
     m.def("causal_conv1d_backward", &causal_conv1d_backward);
     m.def("causal_conv1d_backward_at", &causal_conv1d_backward_at);

@@ -105,8 +105,7 @@ void parallel_tasks(std::int64_t tasks, int threads, TaskBody body, const void* 
 void expect_writes(void* data, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr std::uintptr_t page = std::uintptr_t{2} << 20;
-    // glibc maps blocks of 32 MiB and more anew every time; smaller ones come from memory that is already there.
-    if (bytes < std::size_t{32} << 20) return;
+    if (bytes < 4 * page) return;  // smaller blocks mostly come from memory that is already there
     const auto address = reinterpret_cast<std::uintptr_t>(data);
     const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a wish

@@ -273,12 +273,7 @@ class _Arena:
 
     def __init__(self, x: Tensor, memory: Tensor | int) -> None:
         self.batch, _, self.length = x.shape
-        if isinstance(memory, int):
-            assert _native.cpu is not None
-            self.memory = x.new_empty(memory)
-            _native.cpu.expect_writes(self.memory.data_ptr(), self.memory.nbytes)
-        else:
-            self.memory = memory
+        self.memory = x.new_empty(memory) if isinstance(memory, int) else memory
         self.used = 0
 
     @staticmethod
