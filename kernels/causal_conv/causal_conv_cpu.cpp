@@ -29,6 +29,7 @@
 
 #include "causal_conv/activation.hpp"
 #include "causal_conv/causal_conv.hpp"
+#include "causal_conv/spans.hpp"
 #include "common/arrays.hpp"
 #include "common/math.hpp"
 #include "common/parallel.hpp"
@@ -56,17 +57,6 @@ constexpr Index tile_columns = 24 * Vec<T>::lanes;  // longest tile of the produ
 template <class T>
 PK_INLINE Index round_up_to_vector(Index n) {
     return divide_up(n, Vec<T>::lanes) * Vec<T>::lanes;
-}
-
-PK_INLINE Index begin_of(const Span* spans, Index sequence) { return spans == nullptr ? 0 : spans[sequence].begin; }
-PK_INLINE Index length_of(const ConvShape& s, const Span* spans, Index sequence) {
-    return spans == nullptr ? s.length : spans[sequence].length;
-}
-PK_INLINE Index total_length(const ConvShape& s, const Span* spans) {
-    if (spans == nullptr) return s.batch * s.length;
-    Index total = 0;
-    for (Index i = 0; i < s.batch; ++i) total += spans[i].length;
-    return total;
 }
 
 // Taps that see data in a stretch of time, when `reach` samples lie between its far end and the data's end.

@@ -15,6 +15,7 @@
 
 #include "causal_conv/activation.hpp"
 #include "causal_conv/causal_conv.hpp"
+#include "causal_conv/spans.hpp"
 #include "common/arrays.hpp"
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
@@ -34,8 +35,7 @@ struct Shares {
 };
 
 Shares share_channels(const ConvShape& s, const Span* spans, int threads) {
-    Index total = spans == nullptr ? s.batch * s.length : 0;
-    for (Index i = 0; spans != nullptr && i < s.batch; ++i) total += spans[i].length;
+    const Index total = total_length(s, spans);
     const int workers = total * s.in_channels < parallel_elements ? 1 : usable_threads(threads);
     const Index wanted = max(1, task_elements / max(1, total));
     const Index channels = max(1, min(wanted, divide_up(s.in_channels, 4 * workers)));
@@ -110,8 +110,8 @@ struct ForwardTask {
             reverse(w, p.weight + c * s.kernel_size, s.kernel_size, s.kernel_size);
             const T bias = p.bias == nullptr ? T(0) : p.bias[c];
             for (Index b = 0; b < s.batch; ++b) {
-                const Index begin = p.spans == nullptr ? 0 : p.spans[b].begin;
-                const Index length = p.spans == nullptr ? s.length : p.spans[b].length;
+                const Index begin = begin_of(p.spans, b);
+                const Index length = length_of(s, p.spans, b);
                 const T* x = p.x.data + b * p.x.batch_stride + c * p.x.channel_stride + begin;
                 const Index offset = b * p.y.batch_stride + c * p.y.channel_stride + begin;
                 T* y = p.y.data + offset;
@@ -224,8 +224,8 @@ struct BackwardTask {
             clear(sums, taps);
             T bias_sum(0);
             for (Index b = 0; b < s.batch; ++b) {
-                const Index begin = p.spans == nullptr ? 0 : p.spans[b].begin;
-                const Index length = p.spans == nullptr ? s.length : p.spans[b].length;
+                const Index begin = begin_of(p.spans, b);
+                const Index length = length_of(s, p.spans, b);
                 const T* x = p.x.data + b * p.x.batch_stride + c * p.x.channel_stride + begin;
                 for (Index t0 = 0; t0 < length; t0 += block_columns) {
                     const Index n = min(block_columns, length - t0);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "causal_conv/pooled.hpp"
+#include "causal_conv/spans.hpp"
 #include "common/arrays.hpp"
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
@@ -44,8 +45,8 @@ struct BackwardAt {
         for (Index b = index * s.batch / chunks; b < (index + 1) * s.batch / chunks; ++b) {
             const Index* time = p.time + b * s.out_channels;
             const T* dz = p.dz + b * s.out_channels;
-            const Index begin = p.spans == nullptr ? 0 : p.spans[b].begin;
-            const Index length = p.spans == nullptr ? s.length : p.spans[b].length;
+            const Index begin = begin_of(p.spans, b);
+            const Index length = length_of(s, p.spans, b);
             for (Index t = 0; t < length; ++t) row_of[t] = 0;
             for (Index o = 0; o < s.out_channels; ++o)
                 for (Index j = 0, t = time[o]; j < taps && t >= 0; ++j, t -= s.dilation) row_of[t] = 1;

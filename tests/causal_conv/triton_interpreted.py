@@ -168,6 +168,7 @@ def test_large_and_small_values(activation):
     weight = torch.ones(1, 1, 1, dtype=torch.float64)
     y = causal_conv1d(x, weight, activation=activation, backend="triton")
     expected = causal_conv1d(x, weight, activation=activation, backend="reference")
+    # tanh promises a few ulp everywhere; silu and gelu what float64 results are held to.
     torch.testing.assert_close(y, expected, rtol=1e-15 if activation == "tanh" else 1e-12, atol=1e-16)
     grads = [torch.autograd.grad(v.sum(), x)[0] for v in (y, expected)]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
