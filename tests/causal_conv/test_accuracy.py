@@ -9,7 +9,7 @@ import torch
 
 from pykernels.backends import OPERATORS
 from pykernels.ops import BlockWeights, causal_conv1d, causal_conv_block, causal_conv_stack
-from pykernels.ops.causal_conv.check import compare
+from pykernels.ops._check import compare
 
 from .cases import (
     ACTIVATIONS,

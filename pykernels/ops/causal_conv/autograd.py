@@ -7,34 +7,17 @@ same kernels but for the elementwise operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pykernels.ops._autograd import apply, differentiable_gradients, recording, transforming
+from pykernels.ops._op import unobserved
 from pykernels.ops.causal_conv import bilinear
-from pykernels.ops.causal_conv.op import NEEDS_ARGUMENT, backward_op, forward_op, kernels, saving_op, unobserved
+from pykernels.ops.causal_conv.op import NEEDS_ARGUMENT, backward_op, forward_op, kernels, saving_op
 from pykernels.ops.causal_conv.reference import Options, compose, padding
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, which torch does not annotate."""
-    return function.apply(*args)
-
-
-def transforming(*tensors: Tensor | None) -> bool:
-    """Whether a function transform or forward-mode differentiation is at work, which a fused kernel cannot follow."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.autograd.forward_ad._current_level >= 0 and any(
-        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
-
-
-def recording(*tensors: Tensor | None) -> bool:
-    """Whether a gradient will be asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def run(*args: Any) -> Tensor:
@@ -197,30 +180,3 @@ def _gradients_by_composition(
     needed = [n and t is not None for n, t in zip(need, tensors, strict=True)]
     gradients = differentiable_gradients(compute, grad_y, tensors, needed)
     return [grad_after if i == 3 and grad_after is not None else g for i, g in enumerate(gradients)]
-
-
-def differentiable_gradients(
-    compute: Callable[..., Tensor | Sequence[Tensor]],
-    grads: Tensor | Sequence[Tensor],
-    tensors: Sequence[Tensor | None],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of ``compute(*tensors)`` that can be differentiated again: it is computed and recorded anew.
-
-    Args:
-        compute: differentiable twice.
-        grads: of its results.
-        tensors: its arguments.
-        needed: which gradients are wanted; the others are None.
-    """
-    with torch.enable_grad():
-        # Views, because one tensor may stand for several arguments.
-        arguments = [t if t is None else t.view_as(t) for t in tensors]
-        results = compute(*arguments)
-        wanted = [t for t, n in zip(arguments, needed, strict=True) if n and t is not None]
-        if not wanted:
-            return [None] * len(tensors)
-        outputs = [results] if isinstance(results, Tensor) else list(results)
-        grad_outputs = [grads] if isinstance(grads, Tensor) else list(grads)
-        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, materialize_grads=True))
-    return [next(found) if n else None for n in needed]

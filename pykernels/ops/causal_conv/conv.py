@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops._check import compare
 from pykernels.ops.causal_conv import autograd, cost, reference
-from pykernels.ops.causal_conv.check import compare
 from pykernels.ops.causal_conv.op import ACTIVATIONS
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -6,12 +6,13 @@ With ``cu_seqlens`` and ``lengths``, whose values may be on a GPU, taps before t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from pykernels.backends import Cost
+from pykernels.ops._memory import size
 
 
 def live_samples(length: int, kernel_size: int, dilation: int) -> int:
@@ -26,17 +27,6 @@ def products(x: Sequence[int], weight: Sequence[int], dilation: int, all_live: b
     out_channels, group_channels, kernel_size = weight
     samples = kernel_size * length if all_live else live_samples(length, kernel_size, dilation)
     return 2 * batch * out_channels * group_channels * samples
-
-
-def size(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors among the arguments, lists of them included."""
-    total = 0
-    for t in tensors:
-        if isinstance(t, Tensor):
-            total += t.numel() * t.element_size()
-        elif isinstance(t, (list, tuple)):
-            total += size(t)
-    return total
 
 
 def forward(x: Tensor, weight: Tensor, *rest: Any) -> Cost:

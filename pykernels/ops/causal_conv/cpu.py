@@ -9,21 +9,14 @@ import torch
 from torch import Tensor
 
 from pykernels import _native
+from pykernels.ops._memory import HALF, IS_DOUBLE, address, plain
 from pykernels.ops.causal_conv.op import ACTIVATIONS, empty_gradients
 from pykernels.ops.causal_conv.reference import Options, clamped
-
-IS_DOUBLE = {torch.float32: False, torch.float64: True}
-#: Dtypes whose tensors are copied to float32 for the kernels, and the results back.
-HALF = (torch.float16, torch.bfloat16)
 
 Strides = tuple[int, int, int]
 NO_STRIDES: Strides = (0, 0, 1)
 NO_POOL = (0, 0, 0)
 NO_SEQUENCES = (0, 0, 0)
-
-
-def plain(t: Tensor) -> Tensor:
-    return t.resolve_neg() if t.is_neg() else t
 
 
 def rows(t: Tensor) -> tuple[Tensor, Strides]:
@@ -32,16 +25,6 @@ def rows(t: Tensor) -> tuple[Tensor, Strides]:
     if t.stride(2) != 1:
         t = t.contiguous()
     return t, (t.stride(0), t.stride(1), 1)
-
-
-def address(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
-    """The address of ``t``'s data, which must be what the kernel is about to read."""
-    if t.shape != shape or t.dtype != dtype or not t.is_cpu:
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)} and dtype {dtype}, got {tuple(t.shape)} and {t.dtype}; "
-            "call pykernels.causal_conv1d rather than the raw operator"
-        )
-    return t.data_ptr()
 
 
 class Sequences:

@@ -13,14 +13,13 @@ with these two functions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykernels.backends import Cost, is_recording, observed
+from pykernels.ops._op import implement, library
 from pykernels.ops.causal_conv import cost
 from pykernels.ops.causal_conv.reference import Options
 
@@ -30,7 +29,6 @@ ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3, "silu": 4, "gel
 #: Activations whose derivative follows from their argument only, and not from their value.
 NEEDS_ARGUMENT = frozenset({"silu", "gelu"})
 
-library = torch.library.Library("pykernels", "FRAGMENT")
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? initial_state, Tensor? cu_seqlens, "
     "Tensor? lengths, int dilation, int groups, str activation, float negative_slope, bool residual_before_activation, "
@@ -49,7 +47,6 @@ saving_op = torch.ops.pykernels.causal_conv1d_saving.default
 backward_op = torch.ops.pykernels.causal_conv1d_backward.default
 
 _kernels: dict[str, Any] = {}
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def kernels(backend: str) -> Any:
@@ -126,18 +123,6 @@ def _backward(
     return gradients
 
 
-def unobserved(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels may be called without torch's dispatcher, which costs 5 us: nothing looks on."""
-    return (
-        type(x) in _PLAIN_TYPES
-        and type(weight) in _PLAIN_TYPES
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not is_recording()
-        and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    )
-
-
 def empty_gradients(
     x: Tensor,
     weight: Tensor,
@@ -169,42 +154,6 @@ def _backward_fake(
     grad_y: Tensor, saved: Tensor | None, x: Tensor, weight: Tensor, initial_state: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     return empty_gradients(x, weight, initial_state, *rest[-4:])
-
-
-def _refuse_gradients(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """An Autograd kernel that raises where calling ``op`` itself would silently drop the gradient."""
-
-    def requires_grad(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return any(map(requires_grad, value))
-        return isinstance(value, Tensor) and value.requires_grad
-
-    def guard(*args: Any) -> Any:
-        if torch.is_grad_enabled() and requires_grad(args):
-            raise RuntimeError(f"{op} has no derivative of its own; call the public function in pykernels.ops")
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return guard
-
-
-def implement(
-    op: torch._ops.OpOverload,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    devices: tuple[str, ...] = ("CPU",),
-    cost: Callable[..., Cost] | None = None,
-) -> None:
-    """Register what runs a raw operator on these devices, its shapes for tracing, and the guard of its gradient.
-
-    ``cost`` says what a call amounts to, from the arguments of ``run``.
-    """
-    name = op._schema.name
-    for device in devices:
-        library.impl(name, observed(op, run, cost), device)
-    library.impl(name, _refuse_gradients(op), "Autograd")
-    torch.library.register_fake(name, fake, lib=library)
 
 
 implement(forward_op, _forward, _forward_fake, devices=("CPU", "CUDA"), cost=cost.forward)

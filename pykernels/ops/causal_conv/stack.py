@@ -17,12 +17,15 @@ from torch import Tensor
 
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops._autograd import apply, differentiable_gradients, recording, transforming
+from pykernels.ops._check import compare
+from pykernels.ops._memory import HALF, IS_DOUBLE, plain
+from pykernels.ops._op import implement, library
 from pykernels.ops.causal_conv import conv, cost, reference
-from pykernels.ops.causal_conv.autograd import apply, composed, differentiable_gradients, recording, transforming
+from pykernels.ops.causal_conv.autograd import composed
 from pykernels.ops.causal_conv.autograd import run as run_conv
-from pykernels.ops.causal_conv.check import compare
-from pykernels.ops.causal_conv.cpu import HALF, IS_DOUBLE, NO_POOL, NO_SEQUENCES, NO_STRIDES, Sequences, plain, rows
-from pykernels.ops.causal_conv.op import ACTIVATIONS, implement, library
+from pykernels.ops.causal_conv.cpu import NO_POOL, NO_SEQUENCES, NO_STRIDES, Sequences, rows
+from pykernels.ops.causal_conv.op import ACTIVATIONS
 
 _ACTIVATION = "leaky_relu"
 _LEAKY, _NONE = ACTIVATIONS[_ACTIVATION], ACTIVATIONS["none"]

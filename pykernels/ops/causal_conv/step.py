@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pykernels import _native
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops._autograd import recording, transforming
+from pykernels.ops._check import relative_error
+from pykernels.ops._memory import IS_DOUBLE, address, plain
 from pykernels.ops.causal_conv import conv, cost, reference
-from pykernels.ops.causal_conv.autograd import recording, transforming
-from pykernels.ops.causal_conv.check import relative_error
-from pykernels.ops.causal_conv.cpu import IS_DOUBLE, address, plain
 from pykernels.ops.causal_conv.op import ACTIVATIONS
 
 LANES = 16  # stream_lanes of kernels/causal_conv/stream.hpp

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pykernels import _native
+from pykernels.ops._memory import IS_DOUBLE
 from pykernels.ops.causal_conv import conv
-from pykernels.ops.causal_conv.cpu import IS_DOUBLE
 from pykernels.ops.causal_conv.stack import BlockWeights
 from pykernels.ops.causal_conv.step import pack, record
 

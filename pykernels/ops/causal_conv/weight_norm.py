@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops._autograd import apply, differentiable_gradients, recording, transforming
+from pykernels.ops._check import compare
+from pykernels.ops._memory import HALF, IS_DOUBLE, address, plain
+from pykernels.ops._op import implement, library
 from pykernels.ops.causal_conv import conv, cost
-from pykernels.ops.causal_conv.autograd import apply, differentiable_gradients, recording, transforming
-from pykernels.ops.causal_conv.check import compare
-from pykernels.ops.causal_conv.cpu import HALF, IS_DOUBLE, address, plain
-from pykernels.ops.causal_conv.op import implement, library
 
 library.define("weight_norm(Tensor[] v, Tensor[] g) -> Tensor[]")
 # Gradients of every v, then of every g.

@@ -1,0 +1,1 @@
+"""Trajectories of ordinary differential equations in one call."""
