@@ -49,6 +49,18 @@ def of_step_size(t: Tensor, step_size: float | Tensor) -> Tensor:
     return torch.cat([t[0] + torch.sign(span) * (indices * step_size), t[-1:]])
 
 
+def equal_substeps(t: Tensor, step_size: float | Tensor | None) -> int | None:
+    """How many steps of ``step_size`` make up each interval of ``t``; None if that is no single number, or not known."""
+    if step_size is None:
+        return 1
+    if len(t) == 1 or isinstance(step_size, Tensor) or not readable(t) or t.requires_grad:
+        return None
+    intervals = t.diff().abs()
+    count = round(intervals[0].item() / step_size)
+    rounding = 8 * torch.finfo(t.dtype).eps * t.abs().max()
+    return count if count > 0 and ((intervals - count * step_size).abs() <= rounding).all() else None
+
+
 class Outputs(NamedTuple):
     """Where the requested times lie among the steps.
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pykernels.ops._autograd import transforming
+from pykernels.ops.latent_ode.grids import equal_substeps
 from pykernels.ops.latent_ode.hint import hint_once
 from pykernels.ops.latent_ode.problem import (
+    Problem,
     State,
     VectorField,
     callback_of,
@@ -19,7 +21,8 @@ from pykernels.ops.latent_ode.problem import (
     read_options,
     state_problem,
 )
-from pykernels.ops.latent_ode.solver import solve
+from pykernels.ops.latent_ode.solver import Options, solve
+from pykernels.ops.latent_ode.tableaux import Tableau
 
 
 def odeint(
@@ -72,14 +75,24 @@ def odeint(
     tableau = fixed_step(method, event_fn)
     chosen = read_options(options, checkpoint_every)
     problem = state_problem(func, y0, t)
-    callback = callback_of(func, problem.shapes)
-    plain = problem.shapes is None and callback is None and not chosen.perturb and chosen.grid_constructor is None
-    run_fused = getattr(type(func), "_fused_odeint", None)
-    if run_fused is not None and plain:
-        result = run_fused(func, y0, t, tableau.name, chosen)
-        if result is not NotImplemented:
-            return result
-    elif isinstance(func, nn.Module) and not torch.compiler.is_compiling() and not transforming(problem.y0, t):
-        hint_once(func)
-    states = solve(problem.field, problem.y0, t, tableau, chosen, callback)
+    states = trajectory(func, problem, tableau, chosen)
     return states if problem.shapes is None else members(states, problem.shapes)
+
+
+def trajectory(func: VectorField, problem: Problem, tableau: Tableau, options: Options) -> Tensor:
+    """The states of a checked problem: by the field's own kernels if it has them, and else step by step."""
+    callback = callback_of(func, problem.shapes)
+    fused = getattr(func, "_fused_odeint", None)
+    if fused is not None:
+        if problem.shapes is None and callback is None and not options.perturb and options.grid_constructor is None:
+            substeps = equal_substeps(problem.t, options.step_size)
+            if substeps is not None:
+                asked = {"substeps": substeps}
+                if options.checkpoint_every is not None:
+                    asked["checkpoint_every"] = options.checkpoint_every
+                states: Tensor = fused(problem.y0, problem.t, tableau.name, asked)
+                if states is not NotImplemented:
+                    return states
+    elif isinstance(func, nn.Module) and not torch.compiler.is_compiling() and not transforming(problem.y0, problem.t):
+        hint_once(func)
+    return solve(problem.field, problem.y0, problem.t, tableau, options, callback)
