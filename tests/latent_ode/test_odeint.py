@@ -334,3 +334,27 @@ def test_options_of_other_methods_are_warned_of_as_in_torchdiffeq():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pykernels.odeint(decay, ONES, TIMES, rtol=1e-3, atol=(1e-3,), method="rk4", options={"norm": abs})
+
+
+def test_large_states_without_gradients_are_stored_once():
+    """Beside the states, only as much as a step needs."""
+    y0, t = torch.ones(1 << 20), torch.linspace(0, 1, 21)
+    sizes = []
+
+    class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.stack.default, torch.ops.aten.cat.default, torch.ops.aten.new_empty.default):
+                sizes.append(result.numel())
+            return result
+
+    with torch.no_grad():
+        expected = pykernels.odeint(decay, y0[:4], t, method="euler")
+        with Allocations():
+            states = pykernels.odeint(decay, y0, t, method="euler")
+    assert sizes == [21 << 20]
+    assert torch.equal(states[:, :4], expected)
+    options = {"step_size": 0.03, "interp": "cubic"}
+    with torch.no_grad():
+        large = pykernels.odeint(decay, y0, t, method="rk4", options=options)
+        torch.testing.assert_close(large[:, :4], pykernels.odeint(decay, y0[:4], t, method="rk4", options=options))

@@ -19,6 +19,10 @@ Field = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[Tensor, Tensor, Tensor], object]
 
 
+#: Elements of a state from which on its memory counts for more than the 2 us that it takes to store each on its own.
+SMALLEST_STORED = 16384
+
+
 class Options(NamedTuple):
     """Options of fixed-step methods, see :func:`pykernels.odeint`."""
 
@@ -39,6 +43,8 @@ def solve(
     if len(t) == 1:
         return y0[None]
     steps = Steps(field, y0, t, tableau, options, callback)
+    if _storable(y0):
+        return _stored(steps, y0, len(t))
     states, y, first, every = [y0], y0, 0, options.checkpoint_every
     if every is not None and torch.is_grad_enabled() and not transforming(y0):
         # The last run of steps is the first whose gradient is needed: nothing is gained by forgetting it.
@@ -48,6 +54,29 @@ def solve(
             first += every
     states += steps.advance(first, steps.count, y)[:-1]
     return torch.stack([s if s.dtype == y0.dtype else s.to(y0.dtype) for s in states])
+
+
+def _storable(y0: Tensor) -> bool:
+    """Whether states go straight to where they belong: large ones, of which nothing is recorded."""
+    return (
+        not torch.compiler.is_compiling()
+        and y0.numel() >= SMALLEST_STORED
+        and not torch.is_grad_enabled()
+        and not transforming(y0)
+    )
+
+
+def _stored(steps: Steps, y: Tensor, count: int) -> Tensor:
+    """The states, of which no second copy is ever held."""
+    states = y.new_empty((count, *y.shape))
+    states[0] = y
+    j = 1
+    for i in range(steps.count):
+        *results, y = steps.advance(i, i + 1, y)
+        for state in results:
+            states[j] = state
+            j += 1
+    return states
 
 
 class Steps:
