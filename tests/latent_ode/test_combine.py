@@ -13,6 +13,7 @@ from pykernels.ops.latent_ode.combine import combination, fused
 
 from .fields import TIMES, random
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, in forward mode
 SIZES = (0, 1, 3, 17, 255, 16384, 16385, 70001)
 FACTORS = [0.1, -0.7, 1.3, 0.01]
 
@@ -117,10 +118,13 @@ def test_large_states_have_the_numbers_of_small_ones(method, calls, capability, 
     """The same trajectories and gradients by the kernels, from their own sizes on, and by operations of torch."""
     weight = random(3, seed=3)
 
-    def run(record):
+    def field(t, y):
+        return torch.sin(y * weight) * t
+
+    def run(record, every=None):
         y0 = random(module.SMALLEST_RECORDED // 3 + 1, 3).requires_grad_(record)
         with torch.set_grad_enabled(record):
-            states = pykernels.odeint(lambda t, y: torch.sin(y * weight) * t, y0, TIMES[:3], method=method)
+            states = pykernels.odeint(field, y0, TIMES[:3], method=method, checkpoint_every=every)
         return (states, *torch.autograd.grad(states.square().sum(), y0)) if record else (states,)
 
     counted = []
@@ -128,6 +132,7 @@ def test_large_states_have_the_numbers_of_small_ones(method, calls, capability, 
     monkeypatch.setattr(module, "_forward", lambda *args: counted.append(args) or forward(*args))
     kernels = [run(False), run(True)]
     assert len(counted) == 2 * 2 * calls  # two runs of two steps, with so many combinations of several stages
+    assert all(map(torch.equal, run(True, every=1), kernels[1]))
     monkeypatch.setattr(module, "SMALLEST", 1 << 60)
     for a, b in zip(kernels, [run(False), run(True)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)

@@ -2,8 +2,8 @@
 
 The sum over the stages comes first, so that float32 rounds once at the size of the state. A single stage is one
 operation of torch. Several stages of large states on the CPU are read once, by the kernels of
-``kernels/latent_ode/combine.hpp``, with a derivative that does the same; for small ones a chain of operations costs less
-than a call of those, and compilers fuse it as well.
+``kernels/latent_ode/combine.hpp``, with a derivative that does the same; for small ones a chain of operations costs
+less than a call of those, and compilers fuse it as well.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pykernels.ops._autograd import transforming
+from pykernels.ops._autograd import recording, transforming
 from pykernels.ops.latent_ode import grids
 from pykernels.ops.latent_ode.combine import Combine, combination
 from pykernels.ops.latent_ode.tableaux import Tableau
@@ -85,19 +85,18 @@ class Steps:
     def __init__(
         self, field: Field, y0: Tensor, t: Tensor, tableau: Tableau, options: Options, callback: Callback | None
     ) -> None:
+        grid, outputs = t, None
         if options.step_size is not None:
-            grid = grids.of_step_size(t, options.step_size)
+            grid, outputs = grids.of_step_size(t, options.step_size)
         elif options.grid_constructor is not None:
             grid = options.grid_constructor(field, y0, t)
-        else:
-            grid = t
-        outputs = None if grid is t else grids.locate(grid, t)
+            outputs = grids.constructed(grid, t)
         # Step sizes are numbers where that is all that is asked of them: arithmetic with them costs half.
-        numbers = grids.readable(grid) and not grid.requires_grad and not transforming(grid, t)
+        numbers = grids.readable(grid) and grids.readable(t) and not (recording(grid, t) or transforming(grid, t))
         clock = y0.real.dtype if y0.is_complex() else y0.dtype
 
         def moments(times: Tensor) -> Tensor:
-            return times.to(y0.device, clock)
+            return times.to(y0.device, clock, non_blocking=not y0.is_cpu)
 
         def weights(values: Tensor) -> list[float] | Tensor:
             return values.tolist() if numbers else moments(values)
