@@ -73,7 +73,7 @@ class Activation(NamedTuple):
 class MLPField(nn.Module):
     """A multilayer perceptron as the vector field of an ODE.
 
-    ``dy/dt = W_L act(... act(W_1 [map(y), z, t] + b_1) ...) + b_L``, with a control z and the time t only where asked for.
+    ``dy/dt = W_L act(... act(W_1 [map(y), z, t] + b_1) ...) + b_L``, with a control z and the time t where asked for.
 
     Called as ``field(t, y)`` it is a plain module for any solver. :meth:`trajectory`, and :func:`pykernels.odeint` for
     fixed-step methods, run whole trajectories in one call forward and one backward.
