@@ -310,7 +310,7 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
                     continue
                 if key not in now or now[key] is not old[key]:
                     changed.append(path)
-                    now[key] = value = old[key]
+                    now[key] = old[key]
                 value, content = now[key], contents[name, key]
                 if isinstance(value, (list, dict, set)) and _identities(_content(value)) != _identities(content):
                     changed += _changed_members(path, value, dict(content)) if key in _MEMBERS else [path]
