@@ -8,7 +8,7 @@ from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
 from pykernels.nn.fuse import fuse
-from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint
+from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint, odeint, odeint_adjoint
 from pykernels.ops.latent_ode.hint import FusionHint
 
 __version__ = _version("pykernels")
@@ -28,5 +28,7 @@ __all__ = [
     "fuse",
     "mlp_odeint",
     "nn",
+    "odeint",
+    "odeint_adjoint",
     "set_cpu_capability",
 ]

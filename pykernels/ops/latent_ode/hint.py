@@ -29,5 +29,5 @@ def hint_once(func: nn.Module) -> None:
             "trajectory in one call, with the same parameters. To silence this hint: "
             "warnings.simplefilter('ignore', pykernels.FusionHint)",
             FusionHint,
-            stacklevel=3,
+            stacklevel=4,  # of the call of odeint
         )
