@@ -558,13 +558,11 @@ private:
         T time = 0;
         if (!plan_.rows) {
             copy(adjoint, grad_input_, state_);
-            if (p_.control_dim > 0)
-                add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
+            if (p_.control_dim > 0) add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
             if (p_.time_input)
                 for (Index i = 0; i < block_.count; ++i) time += grad_input_[(plan_.inputs - 1) * plan_.width + i];
         } else {
-            const Index row = padded(plan_.inputs), state_row = padded(p_.dim),
-                        control_row = padded(p_.control_dim);
+            const Index row = padded(plan_.inputs), state_row = padded(p_.dim), control_row = padded(p_.control_dim);
             for (Index i = 0; i < block_.count; ++i) {
                 const T* from = grad_input_ + i * row;
                 clear(adjoint + i * state_row, state_row);
@@ -653,8 +651,7 @@ template <class T>
 void pack_transposed(T* packed, Index padded, const T* weight, Index out, Index in) {
     constexpr int lanes = Vec<T>::lanes;
     const Index whole_out = out / lanes * lanes, whole_in = in / lanes * lanes;
-    for (Index o = 0; o < whole_out; o += lanes)
-        transpose(packed + o, padded, weight + o * in, in, lanes, whole_in);
+    for (Index o = 0; o < whole_out; o += lanes) transpose(packed + o, padded, weight + o * in, in, lanes, whole_in);
     for (Index k = 0; k < in; ++k)
         for (Index o = k < whole_in ? whole_out : 0; o < padded; ++o)
             packed[k * padded + o] = o < out ? weight[o * in + k] : T(0);
@@ -746,7 +743,8 @@ template <class T>
 Index workspace(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward) {
     Arena<T> arena(nullptr);
     const Carrier<T> carrier(p, plan, nullptr, arena, backward);
-    return arena.used() + (backward ? aligned<T>(plan.gradients) + 2 * aligned<double>(plan.steps) * 8 / Index(sizeof(T)) : 0);
+    return arena.used() +
+           (backward ? aligned<T>(plan.gradients) + 2 * aligned<double>(plan.steps) * 8 / Index(sizeof(T)) : 0);
 }
 
 template <class T>
@@ -794,7 +792,7 @@ void run_task(const Run<T>& run, Index task, bool backward) {
 template <class T>
 void forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence) {
     pack(p, plan, memory, true, false);
-    const Run<T> run{&p,   &plan, nullptr, memory, memory + aligned<T>(plan.packed), workspace(p, plan, false),
+    const Run<T> run{&p,   &plan, nullptr, memory,    memory + aligned<T>(plan.packed), workspace(p, plan, false),
                      tape, false, false,   divergence};
     const auto body = [](const void* c, Index task, int) { run_task(*static_cast<const Run<T>*>(c), task, false); };
     parallel_tasks(plan.tasks, p.threads, body, &run);
@@ -904,7 +902,7 @@ void mlp_odeint_lanes(int* of_float, int* of_double) {
 }
 
 #define PK_DEFINE(T)                                                                                                  \
-    void mlp_odeint_memory(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward, Index* elements) {               \
+    void mlp_odeint_memory(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward, Index* elements) {              \
         *elements = memory_of(p, plan, backward);                                                                     \
     }                                                                                                                 \
     void mlp_odeint_forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence) { \
