@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -391,6 +392,14 @@ def _reads_values(t: Tensor, validate: bool | None) -> bool:
     return t.device.type == "cpu" if validate is None else validate
 
 
+def _run_cpu(tensors: Tensors, options: Options) -> autograd.Results:
+    return autograd.run(tensors, options, "cpu")
+
+
+def _run_triton(tensors: Tensors, options: Options) -> autograd.Results:
+    return autograd.run(tensors, options, "triton")
+
+
 def _available() -> Answer:
     return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
 
@@ -427,21 +436,15 @@ def _check(backend: str) -> Check:
         )
         return states
 
-    def expected(*tensors: Tensor) -> Tensor:
-        return run("reference", *tensors)
-
-    def found(*tensors: Tensor) -> Tensor:
-        return run(backend, *tensors)
-
-    return compare(expected, found, tensors, backend)
+    return compare(partial(run, "reference"), partial(run, backend), tensors, backend)
 
 
 _OPERATOR = register(
     Operator(
         name="mlp_odeint",
         implementations={
-            "cpu": Implementation(lambda *args: autograd.run(*args, "cpu"), _cpu_can_run, _available),
-            "triton": Implementation(lambda *args: autograd.run(*args, "triton"), _triton_can_run, _triton.available),
+            "cpu": Implementation(_run_cpu, _cpu_can_run, _available),
+            "triton": Implementation(_run_triton, _triton_can_run, _triton.available),
             "reference": Implementation(reference.solve, lambda *args: YES, lambda: YES),
         },
         check=_check,
