@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pykernels
 from pykernels._errors import InputError, MissingExtraError
-from pykernels.cli import _info, _trained, _usrl, _usrl_long
+from pykernels.cli import _info, _neural_ode, _trained, _usrl, _usrl_long
 from pykernels.cli._options import Parser
 
 
@@ -58,5 +58,6 @@ def _parser() -> Parser:
     }
     _usrl.add(systems)
     _usrl_long.add(systems)
+    _neural_ode.add(systems)
     _trained.add(commands)
     return parser
