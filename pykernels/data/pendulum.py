@@ -158,13 +158,12 @@ def damped_pendulum(
     if not 0 <= noise < math.inf:
         raise InputError(f"noise must not be negative, got {noise!r}")
     pendulum = Pendulum(period, damping)
-    times = time_step * np.arange(n_times)
+    times: Array = time_step * np.arange(n_times, dtype=np.float64)
     generators = [np.random.default_rng([seed, part]) for part in range(len(SPLITS))]
     first = np.concatenate([_first_states(n_trajectories, generator) for generator in generators])
     exact = np.split(pendulum.solve(first, times), len(SPLITS))
     train, validation, test = (
-        np.asarray(part + noise * random.standard_normal(part.shape), dtype=np.float64)
-        for part, random in zip(exact, generators, strict=True)
+        part + noise * random.standard_normal(part.shape) for part, random in zip(exact, generators, strict=True)
     )
     return PendulumData(pendulum, noise, times, train, validation, test)
 

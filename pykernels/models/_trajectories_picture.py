@@ -12,7 +12,7 @@ from pykernels._errors import require
 from pykernels.models._picture import COLOURS, _saved
 
 SHOWN = 4  # trajectories
-GRID = 21  # points of the vector fields along each axis
+GRID = 15  # points of the vector fields along each axis
 
 Array = npt.NDArray[Any]
 
@@ -53,8 +53,8 @@ def trajectories_picture(
         in_plane.plot(*true[i].T, "o", color=colour, markersize=3)
         in_plane.plot(*predicted[i].T, color=colour, linewidth=1.2)
         in_plane.plot(*true[i, 0], "o", color=colour, markersize=9, markerfacecolor="none")
-    in_time.set(xlabel="time", ylabel=names[0], title="Test trajectories, each forecast from its first state")
-    in_plane.set(xlabel=names[0], ylabel=names[1], title="The same in the phase plane (circles: where they begin)")
+    in_time.set(xlabel="time", ylabel=names[0], title="Test trajectories, forecast from their first states")
+    in_plane.set(xlabel=names[0], ylabel=names[1], title="The same in the phase plane")
     in_time.legend(frameon=False, fontsize=9)
 
     low, high = true.min((0, 1)), true.max((0, 1))
@@ -63,10 +63,10 @@ def trajectories_picture(
     error = np.linalg.norm(learned - exact, axis=-1)
     shade = arrows.pcolormesh(grid[..., 0], grid[..., 1], error, shading="gouraud", cmap="Blues")
     figure.colorbar(shade, ax=arrows, label="norm of the difference")
-    scale = 1.2 * np.abs(exact).max() * GRID
+    scale = 0.8 * np.abs(exact).max() * GRID
     for values, colour, label in ((exact, "black", "true"), (learned, COLOURS[1], "learned")):
         arrows.quiver(
-            grid[..., 0], grid[..., 1], *np.moveaxis(values, -1, 0), color=colour, scale=scale, width=0.003, label=label
+            grid[..., 0], grid[..., 1], *np.moveaxis(values, -1, 0), color=colour, scale=scale, width=0.004, label=label
         )
     arrows.set(xlabel=names[0], ylabel=names[1], title="Vector fields")
     arrows.legend(fontsize=9, loc="upper right")
