@@ -6,7 +6,7 @@ from pykernels import export, nn
 from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
-from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step
+from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint
 
 __version__ = _version("pykernels")
 
@@ -20,6 +20,7 @@ __all__ = [
     "cpu_capability",
     "explain",
     "export",
+    "mlp_odeint",
     "nn",
     "set_cpu_capability",
 ]

@@ -10,6 +10,7 @@ from pykernels.ops.causal_conv import (
     causal_conv_stack,
     weight_norm,
 )
+from pykernels.ops.latent_ode import mlp_odeint
 
 __all__ = [
     "BlockWeights",
@@ -19,5 +20,6 @@ __all__ = [
     "causal_conv1d_step",
     "causal_conv_block",
     "causal_conv_stack",
+    "mlp_odeint",
     "weight_norm",
 ]
