@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except (InputError, MissingExtraError) as error:
+    except (InputError, MissingExtraError, FloatingPointError) as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output left: no one to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

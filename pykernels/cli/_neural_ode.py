@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +94,9 @@ class _Job(Job):
     needs_sklearn = False
 
     def data(self, seed: int) -> PendulumData:
-        from pykernels.data import damped_pendulum
-
+        """The trajectories of a seed, whose simulation takes a second."""
         settings = self.settings
-        return damped_pendulum(
-            settings.trajectories, period=settings.t0, damping=settings.damping, noise=settings.noise, seed=seed
-        )
+        return _simulated(settings.trajectories, settings.t0, settings.damping, settings.noise, seed)
 
     def train_seeds(
         self,
@@ -281,6 +279,13 @@ def _table(args: argparse.Namespace) -> int:
         results.append(result)
     print(forecast_table(results), end="")
     return 0
+
+
+@lru_cache(maxsize=1)
+def _simulated(trajectories: int, period: float, damping: float, noise: float, seed: int) -> PendulumData:
+    from pykernels.data import damped_pendulum
+
+    return damped_pendulum(trajectories, period=period, damping=damping, noise=noise, seed=seed)
 
 
 def _report(training: NeuralODETraining) -> dict[str, Any]:

@@ -261,23 +261,33 @@ class NeuralODETraining:
         """Do one step and return its loss, the mean squared error before it.
 
         Raises:
-            RuntimeError: if the loss is not finite, or the training is done.
+            FloatingPointError: if a trajectory or the loss is not finite.
+            RuntimeError: if the training is done.
         """
         if self.done:
             raise RuntimeError(f"this training is done, after {self.steps_done} steps")
         start = time.perf_counter()
+        try:
+            loss = self._descend()
+            if self._validation is not None and (
+                self.steps_done % self.validate_every == 0 or self.steps_done == self.n_steps
+            ):
+                self._validate(self._validation)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"the training diverges at step {self.steps_done + 1}: {error}; use a smaller learning_rate"
+            ) from error
+        self.seconds += time.perf_counter() - start
+        return loss
+
+    def _descend(self) -> float:
         self._optimizer.zero_grad()
         loss = self._loss(self._states)
         loss.backward()
         self._optimizer.step()
-        value = self._finite(loss)
+        value = _finite(loss)
         self._losses[self.steps_done] = value
         self.steps_done += 1
-        if self._validation is not None and (
-            self.steps_done % self.validate_every == 0 or self.steps_done == self.n_steps
-        ):
-            self._validate(self._validation)
-        self.seconds += time.perf_counter() - start
         return value
 
     def _loss(self, states: Tensor) -> Tensor:
@@ -285,19 +295,13 @@ class NeuralODETraining:
 
     def _validate(self, validation: Tensor) -> None:
         with torch.no_grad():
-            value = self._finite(self._loss(validation))
+            value = _finite(self._loss(validation))
         if not self.validations or value < min(error for _, error in self.validations):
             self.best_step = self.steps_done
             self._best = _copies(self.model)
         self.validations.append((self.steps_done, value))
         if self.done:
             self.model.load_state_dict(self._best)
-
-    def _finite(self, loss: Tensor) -> float:
-        value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(f"the loss is {value} at step {self.steps_done + 1}; use a smaller learning_rate")
-        return value
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that :meth:`restore` needs in a training made with the same arguments.
@@ -388,7 +392,7 @@ def train_neural_ode(
         The training, done.
 
     Raises:
-        RuntimeError: if the loss is no longer finite.
+        FloatingPointError: if the training diverges.
     """
     training = NeuralODETraining(model, times, states, validation, **options)
     while not training.done:
@@ -404,6 +408,13 @@ def log_mse(predicted: npt.ArrayLike, states: npt.ArrayLike) -> float:
     if predicted.shape != states.shape:
         raise InputError(f"predicted and states must have the same shape, got {predicted.shape} and {states.shape}")
     return float(np.log(np.square(predicted - states).mean()))
+
+
+def _finite(loss: Tensor) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value}")
+    return value
 
 
 def _copies(model: nn.Module) -> dict[str, Tensor]:
