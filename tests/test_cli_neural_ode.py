@@ -226,7 +226,7 @@ def test_a_process_that_is_interrupted(tmp_path):
         [sys.executable, "-m", "pykernels", *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 300
-        while not (out / "training.safetensors").exists() and time.monotonic() < deadline:
+        while not (out / "training.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         output, error = process.communicate(timeout=300)

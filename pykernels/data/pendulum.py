@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pykernels._errors import InputError
-from pykernels.models._interim import odeint
+from pykernels.ops import odeint
 
 Array: TypeAlias = npt.NDArray[np.float64]
 

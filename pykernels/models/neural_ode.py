@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from pykernels._errors import InputError
 from pykernels.models import _checkpoint
 from pykernels.models._checkpoint import damage_named, part
-from pykernels.models._interim import MLPField, odeint
+from pykernels.nn import MLPField
+from pykernels.ops import odeint
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 __all__ = ["NeuralODE", "NeuralODETraining", "log_mse", "train_neural_ode"]
@@ -114,7 +115,8 @@ class NeuralODE(nn.Module):
         Returns:
             States, shape (T, B, D).
         """
-        return odeint(self.field, y0, t, method=self.method)
+        states: Tensor = odeint(self.field, y0, t, method=self.method)
+        return states
 
     def predict(self, y0: npt.ArrayLike, times: npt.ArrayLike) -> Array:
         """As :meth:`forward`, for arrays and without gradients: shape (B, D) to (B, T, D).

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from pykernels.data.pendulum import Array, PendulumData
-from pykernels.models._interim import odeint
 from pykernels.models.neural_ode import NeuralODE, log_mse
 from pykernels.models.published import published_forecast
+from pykernels.ops import odeint
 
 __all__ = ["PendulumScores", "forecast_table", "pendulum_scores", "true_forecast"]
 
