@@ -17,6 +17,8 @@ import torch
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+import pykernels
+from pykernels.backends import Answer
 from pykernels.cli import main
 from pykernels.data import damped_pendulum, pendulum
 from pykernels.models import _checkpoint
@@ -274,6 +276,20 @@ def test_what_cannot_be_resumed(tmp_path, monkeypatch, capsys):
 )
 def test_bad_arguments_are_named(options, message, capsys):
     assert message in refused(capsys, arguments("reproduce", None, *options))
+
+
+def test_backend_that_cannot_run_here(monkeypatch, capsys):
+    answers = {"mlp_odeint": {"cpu": Answer(False, "it did not load")}}
+    monkeypatch.setattr(pykernels, "available_backends", lambda: answers)
+    assert "--backend cpu: it did not load" in refused(capsys, arguments("reproduce", None, "--backend", "cpu"))
+
+
+def test_backends_agree(tmp_path, capsys):
+    for backend in ("cpu", "reference"):
+        out = tmp_path / backend
+        assert main(arguments("train", out, "--backend", backend, "--dtype", "float64")) == 0
+    ours, theirs = ([float(row[2]) for row in rows(tmp_path / name)[1:]] for name in ("cpu", "reference"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
 def test_a_training_that_diverges_takes_one_line(tmp_path, capsys):

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 
 import pykernels
 from pykernels._errors import InputError
+from pykernels.backends import BACKENDS
 from pykernels.cli._info import cpu_name
 from pykernels.cli._job import Job, result_file
 from pykernels.cli._options import (
@@ -85,6 +87,7 @@ def _add_settings(parser: Parser) -> None:
         "--learning-rate", type=positive_number, default=1e-3, metavar="X", help="of Adam (default: 0.001)"
     )
     parser.add_setting("--dtype", choices=["float32", "float64"], default="float32", help="default: float32")
+    parser.add_setting("--backend", choices=BACKENDS, default=None, help="default: the best that runs")
     add_run_options(parser)
 
 
@@ -92,6 +95,7 @@ class _Job(Job):
     """A command that learns a pendulum's vector field, for one seed or several."""
 
     needs_sklearn = False
+    operator = "mlp_odeint"
 
     def data(self, seed: int) -> PendulumData:
         """The trajectories of a seed, whose simulation takes a second."""
@@ -117,7 +121,8 @@ class _Job(Job):
         if training_file is not None and training_file.is_file():
             saved = SavedTrainings(training_file, TRAINING)
         reports: list[dict[str, Any]] = list(saved.values["reports"]) if saved else []
-        with self.run(METRICS, saved.values["metrics"] if saved else None) as run:
+        backend = nullcontext() if settings.backend is None else pykernels.backend(settings.backend)
+        with backend, self.run(METRICS, saved.values["metrics"] if saved else None) as run:
             for seed in seeds[len(reports) :]:
                 data = self.data(seed)
                 model = NeuralODE(
