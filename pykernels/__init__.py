@@ -6,7 +6,7 @@ from pykernels import export, nn
 from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
-from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint, odeint
+from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint, odeint, odeint_adjoint
 
 __version__ = _version("pykernels")
 
@@ -23,5 +23,6 @@ __all__ = [
     "mlp_odeint",
     "nn",
     "odeint",
+    "odeint_adjoint",
     "set_cpu_capability",
 ]

@@ -15,69 +15,7 @@ from torch import nn
 import pykernels
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
-#: torchdiffeq has no others.
-SHARED = ("euler", "midpoint", "heun2", "heun3", "rk4")
-TIMES = torch.tensor([0.3, 0.5, 0.9, 1.0, 1.7], dtype=torch.float64)
-OPTIONS = {
-    "plain": {},
-    "step_size": {"step_size": 0.13},
-    "step_size-as-a-tensor": {"step_size": torch.tensor(0.13, dtype=torch.float64)},
-    "step_size-on-the-times": {"step_size": 0.1},
-    "cubic": {"step_size": 0.13, "interp": "cubic"},
-    "cubic-without-steps": {"interp": "cubic"},
-    "perturb": {"perturb": True},
-    "perturb-cubic": {"perturb": True, "step_size": 0.3, "interp": "cubic"},
-    "grid": {"grid_constructor": lambda func, y0, t: torch.cat([t[:1], (t[:-1] + t[1:]) / 2, t[-1:]])},
-    "grid-cubic": {"grid_constructor": lambda func, y0, t: torch.cat([t[:2], t[3:]]), "interp": "cubic"},
-    "norm": {"norm": lambda y: y.abs().max()},
-}
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-class Net(nn.Module):
-    """A field of any shape with three states in the last dimension, which depends on time."""
-
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        self.weight = nn.Parameter(random(3, 3, dtype=dtype, seed=7))
-        self.bias = nn.Parameter(random(3, dtype=dtype, seed=8))
-
-    def forward(self, t, y):
-        return torch.tanh(y @ self.weight + self.bias * t) - 0.3 * y * t.cos()
-
-
-class PairNet(Net):
-    """States of two shapes."""
-
-    def forward(self, t, state):
-        y, z = state
-        return super().forward(t, y) * z.sin().mean(), -z * y.mean() * t
-
-
-class ComplexNet(Net):
-    def forward(self, t, y):
-        return torch.tanh(y @ self.weight.to(y.dtype)) - (0.3j + t + self.bias) * y
-
-
-def results(solver, net, y0, t, **keywords):
-    """States, and gradients with respect to everything, of a loss that weights all states differently."""
-    tensors = y0 if isinstance(y0, tuple) else (y0,)
-    leaves = [x.clone().requires_grad_() for x in (*tensors, t)]
-    states = solver(net, tuple(leaves[:-1]) if isinstance(y0, tuple) else leaves[0], leaves[-1], **keywords)
-    outputs = states if isinstance(states, tuple) else (states,)
-    loss = sum((random(*x.shape, dtype=x.dtype, seed=3) * x).abs().square().sum() for x in outputs)
-    wanted = [*leaves, *net.parameters()]
-    return [x.detach() for x in outputs], torch.autograd.grad(loss, wanted)
-
-
-def assert_same(actual, expected, tolerance=1e-10):
-    for a, b in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
+from .fields import OPTIONS, SHARED, TIMES, ComplexNet, Net, PairNet, assert_same, random, results
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -396,3 +334,89 @@ def test_options_of_other_methods_are_warned_of_as_in_torchdiffeq():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pykernels.odeint(decay, ONES, TIMES, rtol=1e-3, atol=(1e-3,), method="rk4", options={"norm": abs})
+
+
+def test_large_states_without_gradients_are_stored_once():
+    """Beside the states, only as much as a step needs."""
+    y0, t = torch.ones(1 << 20), torch.linspace(0, 1, 21)
+    sizes = []
+
+    class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.stack.default, torch.ops.aten.cat.default, torch.ops.aten.new_empty.default):
+                sizes.append(result.numel())
+            return result
+
+    with torch.no_grad():
+        expected = pykernels.odeint(decay, y0[:4], t, method="euler")
+        with Allocations():
+            states = pykernels.odeint(decay, y0, t, method="euler")
+    assert sizes == [21 << 20]
+    assert torch.equal(states[:, :4], expected)
+    options = {"step_size": 0.03, "interp": "cubic"}
+    with torch.no_grad():
+        large = pykernels.odeint(decay, y0, t, method="rk4", options=options)
+        torch.testing.assert_close(large[:, :4], pykernels.odeint(decay, y0[:4], t, method="rk4", options=options))
+
+
+class Fused(nn.Module):
+    """A field with kernels of its own, whose states cannot be mistaken."""
+
+    answer = None
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, t, y):
+        return tuple(-x for x in y) if isinstance(y, tuple) else -y
+
+    def _fused_odeint(self, y0, t, method, options):
+        self.asked.append((method, options))
+        return torch.full((len(t), *y0.shape), 7.0) if self.answer is None else self.answer
+
+
+EVEN = torch.linspace(0, 1, 11, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "asked"),
+    [
+        ({}, {"substeps": 1}),
+        ({"t": TIMES}, {"substeps": 1}),
+        ({"options": {"step_size": 0.1}}, {"substeps": 1}),
+        ({"options": {"step_size": 0.025, "interp": "cubic"}}, {"substeps": 4}),
+        ({"options": {"step_size": 0.025}, "t": EVEN.float().flip(0)}, {"substeps": 4}),
+        ({"checkpoint_every": 3}, {"substeps": 1, "checkpoint_every": 3}),
+        ({"options": {"step_size": 0.03}}, None),
+        ({"options": {"step_size": 0.3}}, None),
+        ({"options": {"step_size": 0.1}, "t": TIMES}, None),
+        ({"options": {"step_size": 0.1}, "t": EVEN.clone().requires_grad_()}, None),
+        ({"options": {"perturb": True}}, None),
+        ({"options": {"grid_constructor": lambda func, y0, t: t}}, None),
+        ({"y0": (ONES, ONES)}, None),
+    ],
+)
+def test_fields_with_kernels_of_their_own(keywords, asked):
+    field = Fused()
+    arguments = {"y0": ONES, "t": EVEN, "method": "rk4", **keywords}
+    states = pykernels.odeint(field, arguments.pop("y0"), arguments.pop("t"), **arguments)
+    if asked is None:
+        assert field.asked == []
+    else:
+        assert field.asked == [("rk4", asked)]
+        assert (states == 7).all()
+        field.answer = NotImplemented
+        assert (pykernels.odeint(field, ONES, keywords.get("t", EVEN), method="rk4") != 7).all()
+    with torch.no_grad():
+        adjoint = pykernels.odeint_adjoint(Fused(), ONES, EVEN, method="rk4")
+    assert (adjoint == 7).all()
+
+
+def test_a_field_with_callbacks_takes_its_steps_one_by_one():
+    field, calls = Fused(), []
+    field.callback_step = lambda t, y, dt: calls.append(t)
+    pykernels.odeint(field, ONES, EVEN, method="rk4")
+    assert len(calls) == 10
+    assert field.asked == []

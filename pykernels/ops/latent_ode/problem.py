@@ -180,8 +180,12 @@ def callback_of(func: VectorField, shapes: list[torch.Size] | None, suffix: str 
     unsupported = [name for name in unsupported if hasattr(func, name)]
     if unsupported and not torch.compiler.is_compiling():
         warnings.warn(f"fixed-step methods do not call {' and '.join(unsupported)}", UserWarning, stacklevel=3)
-    callback: Callback | None = getattr(func, f"callback_step{suffix}", None)
-    if callback is None or shapes is None:
-        return callback
-    inner: Callable[..., object] = callback
-    return lambda t, y, dt: inner(t, members(y, shapes), dt)
+    callback = getattr(func, f"callback_step{suffix}", None)
+    return callback if shapes is None else in_members(callback, shapes)
+
+
+def in_members(callback: Callable[..., object] | None, shapes: list[torch.Size]) -> Callback | None:
+    """A callback for states in one tensor, from one for tuples."""
+    if callback is None:
+        return None
+    return lambda t, y, dt: callback(t, members(y, shapes), dt)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pykernels.ops._autograd import transforming
+from pykernels.ops._autograd import recording, transforming
 from pykernels.ops.latent_ode import grids
-from pykernels.ops.latent_ode.combine import combination
+from pykernels.ops.latent_ode.combine import Combine, combination
 from pykernels.ops.latent_ode.tableaux import Tableau
 
 Field = Callable[[Tensor, Tensor], Tensor]
 #: Called before each step with the time, the state and the length of the step.
 Callback = Callable[[Tensor, Tensor, Tensor], object]
+
+
+#: Elements of a state from which on its memory counts for more than the 2 us that it takes to store each on its own.
+SMALLEST_STORED = 16384
 
 
 class Options(NamedTuple):
@@ -38,76 +42,108 @@ def solve(
     """
     if len(t) == 1:
         return y0[None]
-    if options.step_size is not None:
-        grid = grids.of_step_size(t, options.step_size)
-    elif options.grid_constructor is not None:
-        grid = options.grid_constructor(field, y0, t)
-    else:
-        grid = t
-    outputs = None if grid is t else grids.locate(grid, t)
-    numbers = grids.readable(grid) and grids.readable(t) and not (grid.requires_grad or t.requires_grad)
-    numbers = numbers and not transforming(grid, t)
-    clock = y0.real.dtype if y0.is_complex() else y0.dtype
+    steps = Steps(field, y0, t, tableau, options, callback)
+    if _storable(y0):
+        return _stored(steps, y0, len(t))
+    states, y, first, every = [y0], y0, 0, options.checkpoint_every
+    if every is not None and torch.is_grad_enabled() and not transforming(y0):
+        # The last run of steps is the first whose gradient is needed: nothing is gained by forgetting it.
+        while first + every < steps.count:
+            *results, y = checkpoint(steps.advance, first, first + every, y, use_reentrant=False)
+            states += results
+            first += every
+    states += steps.advance(first, steps.count, y)[:-1]
+    return torch.stack([s if s.dtype == y0.dtype else s.to(y0.dtype) for s in states])
 
-    def weights(values: Tensor) -> list[float] | Tensor:
-        return values.tolist() if numbers else values.to(y0.device, clock)
 
-    starts, ends, steps = grid[:-1], grid[1:], grid.diff()
-    sizes = weights(steps)
-    update = combination(tableau.b, sizes)
-    stages = []
-    for c, row in zip(tableau.c, tableau.a, strict=True):
-        times = starts if c == 0 else ends if c == 1 else starts + steps * c
-        times = times.to(y0.device, clock)
-        if options.perturb and c in (0, 1):
-            towards = ends if c == 0 else starts
-            times = _next_after(times, towards.to(y0.device, clock))
-        stages.append((times.unbind(), combination(row, sizes) if any(row) else None))
-    if outputs is not None:
-        positions, lengths = weights(outputs.positions), weights(outputs.lengths)
-    if options.interp == "cubic" and outputs is not None:
-        end_times = ends.to(y0.device, clock).unbind()
-    if callback is not None:
-        called, callback_times, callback_steps = 0, starts.unbind(), steps.abs().unbind()
+def _storable(y0: Tensor) -> bool:
+    """Whether states go straight to where they belong: large ones, of which nothing is recorded."""
+    return (
+        not torch.compiler.is_compiling()
+        and y0.numel() >= SMALLEST_STORED
+        and not torch.is_grad_enabled()
+        and not transforming(y0)
+    )
 
-    def advance(first: int, last: int, y: Tensor) -> list[Tensor]:
-        """Outputs of the steps from ``first`` up to ``last``, and the state behind them."""
-        nonlocal called
+
+def _stored(steps: Steps, y: Tensor, count: int) -> Tensor:
+    """The states, of which no second copy is ever held."""
+    states = y.new_empty((count, *y.shape))
+    states[0] = y
+    j = 1
+    for i in range(steps.count):
+        *results, y = steps.advance(i, i + 1, y)
+        for state in results:
+            states[j] = state
+            j += 1
+    return states
+
+
+class Steps:
+    """All steps of an integration, whose times and sizes are computed beforehand."""
+
+    def __init__(
+        self, field: Field, y0: Tensor, t: Tensor, tableau: Tableau, options: Options, callback: Callback | None
+    ) -> None:
+        grid, outputs = t, None
+        if options.step_size is not None:
+            grid, outputs = grids.of_step_size(t, options.step_size)
+        elif options.grid_constructor is not None:
+            grid = options.grid_constructor(field, y0, t)
+            outputs = grids.constructed(grid, t)
+        # Step sizes are numbers where that is all that is asked of them: arithmetic with them costs half.
+        numbers = grids.readable(grid) and grids.readable(t) and not (recording(grid, t) or transforming(grid, t))
+        clock = y0.real.dtype if y0.is_complex() else y0.dtype
+
+        def moments(times: Tensor) -> Tensor:
+            return times.to(y0.device, clock, non_blocking=not y0.is_cpu)
+
+        def weights(values: Tensor) -> list[float] | Tensor:
+            return values.tolist() if numbers else moments(values)
+
+        starts, ends, lengths = grid[:-1], grid[1:], grid.diff()
+        sizes = weights(lengths)
+        self.field, self.callback, self.count = field, callback, len(lengths)
+        self.update = combination(tableau.b, sizes)
+        self.stages: list[tuple[Sequence[Tensor], Combine | None]] = []
+        for c, row in zip(tableau.c, tableau.a, strict=True):
+            times = moments(starts if c == 0 else ends if c == 1 else starts + lengths * c)
+            if options.perturb and c in (0, 1):
+                times = _next_after(times, moments(ends if c == 0 else starts))
+            self.stages.append((times.unbind(), combination(row, sizes) if any(row) else None))
+        self.outputs = None if outputs is None else outputs.of_step
+        self.cubic = options.interp == "cubic"
+        if outputs is not None:
+            self.positions, self.lengths = weights(outputs.positions), weights(outputs.lengths)
+            self.ends = moments(ends).unbind()
+        if callback is not None:
+            self.called, self.callback_times, self.callback_steps = 0, starts.unbind(), lengths.abs().unbind()
+
+    def advance(self, first: int, last: int, y: Tensor) -> list[Tensor]:
+        """The outputs of the steps from ``first`` up to ``last``, and the state behind them."""
+        field, stages, update, outputs = self.field, self.stages, self.update, self.outputs
         results = []
         for i in range(first, last):
-            if callback is not None and i >= called:  # a recomputation calls it no second time
-                callback(callback_times[i], y, callback_steps[i])
-                called = i + 1
+            if self.callback is not None and i >= self.called:  # a recomputation calls it no second time
+                self.callback(self.callback_times[i], y, self.callback_steps[i])
+                self.called = i + 1
             ks: list[Tensor] = []
             for times, combine in stages:
                 ks.append(field(times[i], y if combine is None else combine(i, y, ks)))
-            y_start, y = y, update(i, y, ks)
+            start, y = y, update(i, y, ks)
             if outputs is None:
                 results.append(y)
-                continue
-            end_field = None
-            for j, is_end in outputs.of_step[i]:
-                if options.interp == "cubic":
-                    if end_field is None:
-                        end_field = field(end_times[i], y)
-                    results.append(_hermite(positions[j - 1], lengths[j - 1], y_start, ks[0], y, end_field))
-                elif is_end:
-                    results.append(y)
-                else:
-                    results.append(y_start + positions[j - 1] * (y - y_start))
-        results.append(y)
-        return results
+            elif outputs[i]:
+                results += self.interpolate(i, start, ks[0], y)
+        return [*results, y]
 
-    states, y, count, first = [y0], y0, len(steps), 0
-    every = options.checkpoint_every
-    if every is not None and torch.is_grad_enabled() and not transforming(y0):
-        # The last run of steps is the first whose gradient is needed: nothing is gained by forgetting it.
-        while first + every < count:
-            *results, y = checkpoint(advance, first, first + every, y, use_reentrant=False)
-            states += results
-            first += every
-    states += advance(first, count, y)[:-1]
-    return torch.stack([s if s.dtype == y0.dtype else s.to(y0.dtype) for s in states])
+    def interpolate(self, i: int, y0: Tensor, f0: Tensor, y1: Tensor) -> list[Tensor]:
+        """The outputs inside step ``i`` from y0, where the field is f0, to y1."""
+        assert self.outputs is not None
+        if self.cubic:
+            f1 = self.field(self.ends[i], y1)
+            return [_hermite(self.positions[j - 1], self.lengths[j - 1], y0, f0, y1, f1) for j, _ in self.outputs[i]]
+        return [y1 if is_end else y0 + self.positions[j - 1] * (y1 - y0) for j, is_end in self.outputs[i]]
 
 
 def _next_after(times: Tensor, towards: Tensor) -> Tensor:
