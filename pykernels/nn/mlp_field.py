@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class Activation(NamedTuple):
 class MLPField(nn.Module):
     """A multilayer perceptron as the vector field of an ODE.
 
-    ``dy/dt = W_L act(... act(W_1 [map(y), z, t] + b_1) ...) + b_L``, with a control z and the time t only where asked for.
+    ``dy/dt = W_L act(... act(W_1 [map(y), z, t] + b_1) ...) + b_L``, with a control z and the time t where asked for.
 
     Called as ``field(t, y)`` it is a plain module for any solver. :meth:`trajectory`, and :func:`pykernels.odeint` for
     fixed-step methods, run whole trajectories in one call forward and one backward.
@@ -350,13 +350,12 @@ class MLPField(nn.Module):
             return result.reshape(result.shape[0], *lead, dim)
         return tuple(r.reshape(r.shape[0], *lead, *r.shape[2:]) for r in result)
 
-    def _fused_odeint(self, y0: Tensor, t: Tensor, method: str, options: Any) -> Any:
+    def _fused_odeint(self, y0: Tensor, t: Tensor, method: str, options: Mapping[str, Any]) -> Any:
         """The states of :func:`pykernels.odeint`, or NotImplemented if they would not be those of :meth:`forward`."""
-        substeps = _substeps(t, options.step_size)
         own = type(self).forward is MLPField.forward and "forward" not in vars(self)
-        if substeps is None or not own or self.control_dim or hook_of(self) is not None or self._obstacle() is not None:
+        if not own or self.control_dim or hook_of(self) is not None or self._obstacle() is not None:
             return NotImplemented
-        if any(parametrize.is_parametrized(layer) for layer in self.layers):
+        if any(parametrize.is_parametrized(layer) for layer in self.layers):  # they may change at each call
             return NotImplemented
         if y0.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(y0.device.type):
             return NotImplemented
@@ -364,7 +363,8 @@ class MLPField(nn.Module):
             return NotImplemented
         if y0.dim() == 0 or y0.shape[-1] != self.dims[0]:
             return NotImplemented
-        return self.trajectory(y0, t.to(y0.device), method=method, substeps=substeps)
+        # The trajectory bounds its memory by itself, whatever checkpoint_every asks for.
+        return self.trajectory(y0, t.to(y0.device), method=method, substeps=options["substeps"])
 
     def _obstacle(self) -> str | None:
         """Why the layers have to be called themselves."""
@@ -406,21 +406,6 @@ def _flat(value: Any, name: str, lead: torch.Size, at: int) -> Any:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must have dimensions {tuple(lead)} from {at} on, as y0 has, got {got}")
     return value.reshape(*value.shape[:at], math.prod(lead), *value.shape[at + len(lead) :])
-
-
-def _substeps(t: Tensor, step_size: Any) -> int | None:
-    """How many steps of this size make up each interval of t; None if no whole number, or not known for free."""
-    if step_size is None:
-        return 1
-    if not isinstance(step_size, (int, float)) or t.device.type != "cpu" or t.requires_grad or len(t) < 2:
-        return None
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    ratios = (t.diff().abs().double() / step_size).tolist()
-    substeps = max(1, round(ratios[0]))
-    # Times are rounded; a step that differs by that much gives the same states but for rounding.
-    rounding = 4 * torch.finfo(t.dtype).eps * float(t.abs().max()) / step_size
-    return substeps if all(abs(ratio - substeps) <= rounding for ratio in ratios) else None
 
 
 def hook_of(module: nn.Module) -> str | None:
