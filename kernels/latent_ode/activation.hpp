@@ -26,9 +26,9 @@ __attribute__((noinline)) void activate(T* h, T* saved, Index n, FieldActivation
         }
     };
     switch (activation) {
-        case FieldActivation::relu: return each([&](Vec<T> z) { return select_le(z, zero, zero, z); });
+        case FieldActivation::relu: return each([&](Vec<T> z) { return greatest(zero, z); });
         case FieldActivation::leaky_relu: return each([&](Vec<T> z) { return select_le(z, zero, s * z, z); });
-        case FieldActivation::tanh: return each([&](Vec<T> z) { return tanh(z); });
+        case FieldActivation::tanh: return each([&](Vec<T> z) { return tanh_fast(z); });
         case FieldActivation::softplus: return each([&](Vec<T> z) { return softplus(z); });
         case FieldActivation::silu: return each([&](Vec<T> z) { return z * sigmoid(s * z); });
         case FieldActivation::elu: return each([&](Vec<T> z) { return select_le(z, zero, s * expm1(z), z); });
@@ -87,7 +87,7 @@ void map_input(T* out, const T* y, Index n, InputMap map) {
                               : map == InputMap::cube ? v * v * v
                               : map == InputMap::sin  ? sin(v)
                               : map == InputMap::cos  ? cos(v)
-                              : map == InputMap::tanh ? tanh(v)
+                              : map == InputMap::tanh ? tanh_fast(v)
                                                       : v;
         mapped.store(out + i);
     }
@@ -98,7 +98,7 @@ template <class T>
 void map_input_backward(T* grad, const T* y, Index n, InputMap map) {
     const Vec<T> zero(T(0)), one(T(1));
     for (Index i = 0; i < n; i += Vec<T>::lanes) {
-        const Vec<T> v = Vec<T>::load(y + i), h = tanh(v);
+        const Vec<T> v = Vec<T>::load(y + i), h = tanh_fast(v);
         const Vec<T> slope = map == InputMap::square ? Vec<T>(T(2)) * v
                              : map == InputMap::cube ? Vec<T>(T(3)) * v * v
                              : map == InputMap::sin  ? cos(v)

@@ -19,6 +19,9 @@ OPTIONS = {
     "perturb-cubic": {"perturb": True, "step_size": 0.3, "interp": "cubic"},
     "grid": {"grid_constructor": lambda func, y0, t: torch.cat([t[:1], (t[:-1] + t[1:]) / 2, t[-1:]])},
     "grid-cubic": {"grid_constructor": lambda func, y0, t: torch.cat([t[:2], t[3:]]), "interp": "cubic"},
+    "grid-without-gradient": {
+        "grid_constructor": lambda func, y0, t: torch.linspace(t[0].item(), t[-1].item(), 7, dtype=t.dtype),
+    },
     "norm": {"norm": lambda y: y.abs().max()},
 }
 

@@ -334,3 +334,89 @@ def test_options_of_other_methods_are_warned_of_as_in_torchdiffeq():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pykernels.odeint(decay, ONES, TIMES, rtol=1e-3, atol=(1e-3,), method="rk4", options={"norm": abs})
+
+
+def test_large_states_without_gradients_are_stored_once():
+    """Beside the states, only as much as a step needs."""
+    y0, t = torch.ones(1 << 20), torch.linspace(0, 1, 21)
+    sizes = []
+
+    class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.stack.default, torch.ops.aten.cat.default, torch.ops.aten.new_empty.default):
+                sizes.append(result.numel())
+            return result
+
+    with torch.no_grad():
+        expected = pykernels.odeint(decay, y0[:4], t, method="euler")
+        with Allocations():
+            states = pykernels.odeint(decay, y0, t, method="euler")
+    assert sizes == [21 << 20]
+    assert torch.equal(states[:, :4], expected)
+    options = {"step_size": 0.03, "interp": "cubic"}
+    with torch.no_grad():
+        large = pykernels.odeint(decay, y0, t, method="rk4", options=options)
+        torch.testing.assert_close(large[:, :4], pykernels.odeint(decay, y0[:4], t, method="rk4", options=options))
+
+
+class Fused(nn.Module):
+    """A field with kernels of its own, whose states cannot be mistaken."""
+
+    answer = None
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, t, y):
+        return tuple(-x for x in y) if isinstance(y, tuple) else -y
+
+    def _fused_odeint(self, y0, t, method, options):
+        self.asked.append((method, options))
+        return torch.full((len(t), *y0.shape), 7.0) if self.answer is None else self.answer
+
+
+EVEN = torch.linspace(0, 1, 11, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "asked"),
+    [
+        ({}, {"substeps": 1}),
+        ({"t": TIMES}, {"substeps": 1}),
+        ({"options": {"step_size": 0.1}}, {"substeps": 1}),
+        ({"options": {"step_size": 0.025, "interp": "cubic"}}, {"substeps": 4}),
+        ({"options": {"step_size": 0.025}, "t": EVEN.float().flip(0)}, {"substeps": 4}),
+        ({"checkpoint_every": 3}, {"substeps": 1, "checkpoint_every": 3}),
+        ({"options": {"step_size": 0.03}}, None),
+        ({"options": {"step_size": 0.3}}, None),
+        ({"options": {"step_size": 0.1}, "t": TIMES}, None),
+        ({"options": {"step_size": 0.1}, "t": EVEN.clone().requires_grad_()}, None),
+        ({"options": {"perturb": True}}, None),
+        ({"options": {"grid_constructor": lambda func, y0, t: t}}, None),
+        ({"y0": (ONES, ONES)}, None),
+    ],
+)
+def test_fields_with_kernels_of_their_own(keywords, asked):
+    field = Fused()
+    arguments = {"y0": ONES, "t": EVEN, "method": "rk4", **keywords}
+    states = pykernels.odeint(field, arguments.pop("y0"), arguments.pop("t"), **arguments)
+    if asked is None:
+        assert field.asked == []
+    else:
+        assert field.asked == [("rk4", asked)]
+        assert (states == 7).all()
+        field.answer = NotImplemented
+        assert (pykernels.odeint(field, ONES, keywords.get("t", EVEN), method="rk4") != 7).all()
+    with torch.no_grad():
+        adjoint = pykernels.odeint_adjoint(Fused(), ONES, EVEN, method="rk4")
+    assert (adjoint == 7).all()
+
+
+def test_a_field_with_callbacks_takes_its_steps_one_by_one():
+    field, calls = Fused(), []
+    field.callback_step = lambda t, y, dt: calls.append(t)
+    pykernels.odeint(field, ONES, EVEN, method="rk4")
+    assert len(calls) == 10
+    assert field.asked == []

@@ -34,23 +34,8 @@ def check_times(t: Tensor) -> None:
         raise ValueError(f"t must be strictly increasing or strictly decreasing, got {t.detach().tolist()}")
 
 
-def of_step_size(t: Tensor, step_size: float | Tensor) -> Tensor:
-    """Times ``step_size`` apart, from the first of ``t`` towards the last, which ends a possibly shorter last step.
-
-    Raises:
-        ValueError: if ``step_size`` is not positive.
-    """
-    span = (t[-1] - t[0]).detach()
-    points = (span.abs() / step_size + 1).item()
-    if not 1 < points < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {float(step_size)}")
-    count = math.ceil(points)
-    indices = torch.arange(count - 1, dtype=t.dtype, device=t.device)
-    return torch.cat([t[0] + torch.sign(span) * (indices * step_size), t[-1:]])
-
-
 def equal_substeps(t: Tensor, step_size: float | Tensor | None) -> int | None:
-    """How many steps of ``step_size`` make up each interval of ``t``; None if that is no single number, or not known."""
+    """How many steps of ``step_size`` make up each interval of ``t``; None if no single number is known."""
     if step_size is None:
         return 1
     if len(t) == 1 or isinstance(step_size, Tensor) or not readable(t) or t.requires_grad:
@@ -75,11 +60,33 @@ class Outputs(NamedTuple):
     lengths: Tensor
 
 
-def locate(grid: Tensor, t: Tensor) -> Outputs:
-    """Where the times ``t`` lie on ``grid``; both run in the same direction, from and to the same times.
+def of_step_size(t: Tensor, step_size: float | Tensor) -> tuple[Tensor, Outputs]:
+    """Times ``step_size`` apart, from the first of ``t`` towards the last, which ends a possibly shorter last step.
 
     Raises:
-        TypeError, ValueError: if they do not.
+        ValueError: if ``step_size`` is not positive.
+    """
+    times = t.detach().cpu()  # all that is ever read of a device
+    span = times[-1] - times[0]
+    points = (span.abs() / step_size + 1).item()
+    if not 1 < points < math.inf:
+        raise ValueError(f"step_size must be positive and finite, got {float(step_size)}")
+    sign = 1.0 if span > 0 else -1.0
+
+    def grid(t: Tensor) -> Tensor:
+        indices = torch.arange(math.ceil(points) - 1, dtype=t.dtype, device=t.device)
+        return torch.cat([t[0] + sign * (indices * step_size), t[-1:]])
+
+    ends = grid(t)
+    on_host = ends if t.is_cpu else grid(times)
+    return ends, locate(ends, t, on_host.tolist(), times.tolist())
+
+
+def constructed(grid: Tensor, t: Tensor) -> Outputs:
+    """Where the times ``t`` lie on the ``grid`` of a user's constructor.
+
+    Raises:
+        TypeError, ValueError: if it does not lead from the first to the last of them.
     """
     if not isinstance(grid, Tensor) or grid.dim() != 1:
         raise TypeError(f"the grid_constructor must return a tensor of times (N,), got {grid}")
@@ -90,6 +97,11 @@ def locate(grid: Tensor, t: Tensor) -> Outputs:
             f"the grid_constructor must return times from t[0] to t[-1], which are {times[0]} and {times[-1]}, "
             f"got {ends[:1] + ends[-1:]}"
         )
+    return locate(grid, t, ends, times)
+
+
+def locate(grid: Tensor, t: Tensor, ends: list[float], times: list[float]) -> Outputs:
+    """Where the times ``t`` lie on ``grid``; their values are ``times`` and ``ends``, and run in the same direction."""
     sign = 1.0 if times[-1] > times[0] else -1.0
     of_step: list[list[tuple[int, bool]]] = []
     step_of: list[int] = []
@@ -101,6 +113,6 @@ def locate(grid: Tensor, t: Tensor) -> Outputs:
             step_of.append(i)
             j += 1
         of_step.append(inside)
-    index = torch.tensor(step_of, device=grid.device)
+    index = torch.tensor(step_of).to(grid.device, non_blocking=True)
     lengths = grid.diff()[index]
     return Outputs(of_step, (t[1:] - grid[index]) / lengths, lengths)

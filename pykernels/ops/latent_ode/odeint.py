@@ -63,7 +63,8 @@ def odeint(
 
     Returns:
         The states (T, *y0.shape), or a tuple of them. Differentiable to any order with respect to y0, t and whatever
-        ``func`` depends on; in forward mode, by ``torch.func`` and inside ``torch.compile(fullgraph=True)`` too.
+        ``func`` depends on; in forward mode, by ``torch.func`` and inside ``torch.compile(fullgraph=True)`` too. There,
+        ``step_size`` and ``grid_constructor`` break the graph: the number of steps depends on the values of t.
 
     Raises:
         ValueError: if there is no such method or option, t is not monotone, or func returns another shape than y's.
@@ -80,19 +81,23 @@ def odeint(
 
 
 def trajectory(func: VectorField, problem: Problem, tableau: Tableau, options: Options) -> Tensor:
-    """The states of a checked problem: by the field's own kernels if it has them, and else step by step."""
+    """The states of a checked problem: by the field's own kernels if it has them, and else step by step.
+
+    A class of fields says that it has by a method ``_fused_odeint(y0, t, method, options)``, which returns the states
+    or NotImplemented. ``options["substeps"]`` is the number of equal steps in each interval of t; a "checkpoint_every"
+    is there if it was asked for.
+    """
     callback = callback_of(func, problem.shapes)
-    fused = getattr(func, "_fused_odeint", None)
-    if fused is not None:
-        if problem.shapes is None and callback is None and not options.perturb and options.grid_constructor is None:
-            substeps = equal_substeps(problem.t, options.step_size)
-            if substeps is not None:
-                asked = {"substeps": substeps}
-                if options.checkpoint_every is not None:
-                    asked["checkpoint_every"] = options.checkpoint_every
-                states: Tensor = fused(problem.y0, problem.t, tableau.name, asked)
-                if states is not NotImplemented:
-                    return states
+    if hasattr(type(func), "_fused_odeint"):
+        plain = problem.shapes is None and callback is None and not options.perturb and options.grid_constructor is None
+        substeps = equal_substeps(problem.t, options.step_size) if plain else None
+        if substeps is not None:
+            asked = {"substeps": substeps}
+            if options.checkpoint_every is not None:
+                asked["checkpoint_every"] = options.checkpoint_every
+            states: Tensor = func._fused_odeint(problem.y0, problem.t, tableau.name, asked)  # type: ignore[attr-defined]
+            if states is not NotImplemented:
+                return states
     elif isinstance(func, nn.Module) and not torch.compiler.is_compiling() and not transforming(problem.y0, problem.t):
         hint_once(func)
     return solve(problem.field, problem.y0, problem.t, tableau, options, callback)

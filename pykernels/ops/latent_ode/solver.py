@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pykernels.ops._autograd import transforming
+from pykernels.ops._autograd import recording, transforming
 from pykernels.ops.latent_ode import grids
 from pykernels.ops.latent_ode.combine import Combine, combination
 from pykernels.ops.latent_ode.tableaux import Tableau
@@ -17,6 +17,10 @@ from pykernels.ops.latent_ode.tableaux import Tableau
 Field = Callable[[Tensor, Tensor], Tensor]
 #: Called before each step with the time, the state and the length of the step.
 Callback = Callable[[Tensor, Tensor, Tensor], object]
+
+
+#: Elements of a state from which on its memory counts for more than the 2 us that it takes to store each on its own.
+SMALLEST_STORED = 16384
 
 
 class Options(NamedTuple):
@@ -39,6 +43,8 @@ def solve(
     if len(t) == 1:
         return y0[None]
     steps = Steps(field, y0, t, tableau, options, callback)
+    if _storable(y0):
+        return _stored(steps, y0, len(t))
     states, y, first, every = [y0], y0, 0, options.checkpoint_every
     if every is not None and torch.is_grad_enabled() and not transforming(y0):
         # The last run of steps is the first whose gradient is needed: nothing is gained by forgetting it.
@@ -50,25 +56,47 @@ def solve(
     return torch.stack([s if s.dtype == y0.dtype else s.to(y0.dtype) for s in states])
 
 
+def _storable(y0: Tensor) -> bool:
+    """Whether states go straight to where they belong: large ones, of which nothing is recorded."""
+    return (
+        not torch.compiler.is_compiling()
+        and y0.numel() >= SMALLEST_STORED
+        and not torch.is_grad_enabled()
+        and not transforming(y0)
+    )
+
+
+def _stored(steps: Steps, y: Tensor, count: int) -> Tensor:
+    """The states, of which no second copy is ever held."""
+    states = y.new_empty((count, *y.shape))
+    states[0] = y
+    j = 1
+    for i in range(steps.count):
+        *results, y = steps.advance(i, i + 1, y)
+        for state in results:
+            states[j] = state
+            j += 1
+    return states
+
+
 class Steps:
     """All steps of an integration, whose times and sizes are computed beforehand."""
 
     def __init__(
         self, field: Field, y0: Tensor, t: Tensor, tableau: Tableau, options: Options, callback: Callback | None
     ) -> None:
+        grid, outputs = t, None
         if options.step_size is not None:
-            grid = grids.of_step_size(t, options.step_size)
+            grid, outputs = grids.of_step_size(t, options.step_size)
         elif options.grid_constructor is not None:
             grid = options.grid_constructor(field, y0, t)
-        else:
-            grid = t
-        outputs = None if grid is t else grids.locate(grid, t)
+            outputs = grids.constructed(grid, t)
         # Step sizes are numbers where that is all that is asked of them: arithmetic with them costs half.
-        numbers = grids.readable(grid) and not grid.requires_grad and not transforming(grid, t)
+        numbers = grids.readable(grid) and grids.readable(t) and not (recording(grid, t) or transforming(grid, t))
         clock = y0.real.dtype if y0.is_complex() else y0.dtype
 
         def moments(times: Tensor) -> Tensor:
-            return times.to(y0.device, clock)
+            return times.to(y0.device, clock, non_blocking=not y0.is_cpu)
 
         def weights(values: Tensor) -> list[float] | Tensor:
             return values.tolist() if numbers else moments(values)
