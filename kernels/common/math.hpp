@@ -107,6 +107,17 @@ PK_INLINE Vec<T> polynomial(const double (&c)[n], Vec<T> x) {
     return sum;
 }
 
+// tanh x = x P(x^2) / Q(x^2) for |x| <= 9 and +-1 beyond, in about half the time of tanh, for float: error below 6 ulp, and
+// 1 ulp in the mean. P and Q are a minimax fit with P(0) = Q(0) = 1 and a relative error of 2e-8. NaN stays NaN.
+PK_INLINE Vec<float> tanh_fast(Vec<float> x) {
+    constexpr double above[] = {1.34190115208e-8, 2.06606682723e-5, 3.49895995946e-3, 0.133839500104, 1.0};
+    constexpr double below[] = {7.80439428691e-7, 3.29097921720e-4, 2.58900693496e-2, 0.467172715090, 1.0};
+    const Vec<float> bounded = greatest(Vec<float>(-9.0f), least(Vec<float>(9.0f), x)), square = bounded * bounded;
+    const Vec<float> y = bounded * polynomial(above, square) / polynomial(below, square);
+    return greatest(Vec<float>(-1.0f), least(Vec<float>(1.0f), y));
+}
+PK_INLINE Vec<double> tanh_fast(Vec<double> x) { return tanh(x); }
+
 // Absolute error below 2 eps; NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> erf(Vec<T> x) {

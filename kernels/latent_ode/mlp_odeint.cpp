@@ -115,8 +115,7 @@ private:
                 layer.forward_at = take(here.packed_set, weights(layer.in, layer.out));
                 layer.backward_at = take(here.packed_set, weights(layer.out, layer.in));
                 layer.grad_weight_at = take(here.grad_set, layer.out * plan.padded(layer.in));
-                layer.grad_bias_at =
-                    take(here.grad_set, plan.rows ? plan.padded(layer.out) : layer.out * plan.lanes);
+                layer.grad_bias_at = take(here.grad_set, plan.rows ? plan.padded(layer.out) : layer.out * plan.lanes);
                 layers.push_back(layer);
             }
             here.grad_slope_at = take(here.grad_set, net.layers);
@@ -152,7 +151,8 @@ private:
     // All records if they fit; or else states every `segment` sub-steps, and the records of one segment for each thread.
     void choose_segment(const MLPOdeint<T>& p) {
         const double step = static_cast<double>(p.method.stages * plan.record) * sizeof(T);
-        const double state = static_cast<double>(plan.extent(p.dim)) * sizeof(T), most = static_cast<double>(p.max_memory);
+        const double state = static_cast<double>(plan.extent(p.dim)) * sizeof(T),
+                     most = static_cast<double>(p.max_memory);
         plan.segment = std::max<Index>(1, plan.steps);
         if (step * static_cast<double>(plan.steps * plan.n_blocks) <= most) return;
         const double states = state * static_cast<double>(plan.n_blocks), records = step * plan.tasks;

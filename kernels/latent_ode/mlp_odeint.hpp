@@ -54,7 +54,8 @@ struct MLPOdeint {
     InputMap input_map;
     Energy energy_kind;
     bool check_finite;
-    const Network<T>* networks;  // the shared one, whose set n mod sets serves step n, and perhaps the correction of a group
+    const Network<T>*
+        networks;  // the shared one, whose set n mod sets serves step n, and perhaps the correction of a group
     int n_networks;
     const T* y0;                // (batch, dim)
     const T* t;                 // (times)
