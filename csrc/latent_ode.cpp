@@ -22,8 +22,8 @@ using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 
 // Widths of the layers, sets, weights, biases, slopes, and where the gradients of these three go (0: nowhere).
-using NetworkRecord = std::tuple<std::vector<std::int64_t>, std::int64_t, Addresses, Addresses, Address, Addresses,
-                                 Addresses, Address>;
+using NetworkRecord =
+    std::tuple<std::vector<std::int64_t>, std::int64_t, Addresses, Addresses, Address, Addresses, Addresses, Address>;
 // batch, dim, control_dim, times, substeps, activation, time_input, input_map, energy, check_finite, max_memory, threads
 using Sizes = std::array<std::int64_t, 12>;
 // y0, t, control, mask, injected, group, states, norms, energy
@@ -161,8 +161,8 @@ std::pair<std::int64_t, std::int64_t> forward(const pk::RungeKutta& method, cons
 
 template <class T>
 void backward(const pk::RungeKutta& method, const Sizes& sizes, double slope,
-              const std::vector<NetworkRecord>& networks, const Arrays& arrays, Address tape, std::int64_t tape_elements,
-              const GradientArrays& gradients) {
+              const std::vector<NetworkRecord>& networks, const Arrays& arrays, Address tape,
+              std::int64_t tape_elements, const GradientArrays& gradients) {
     const Problem<T> problem(method, sizes, slope, networks, arrays);
     const py::gil_scoped_release release;
     if (pk::mlp_odeint_tape(problem.get()) != tape_elements)

@@ -45,18 +45,10 @@ __attribute__((noinline)) T activate_backward(T* grad, const T* saved, Index n, 
         for (Index i = 0; i < n; i += lanes) function(Vec<T>::load(grad + i), Vec<T>::load(saved + i)).store(grad + i);
     };
     switch (activation) {
-        case FieldActivation::relu:
-            each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, zero, g); });
-            break;
-        case FieldActivation::leaky_relu:
-            each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, s * g, g); });
-            break;
-        case FieldActivation::tanh:
-            each([&](Vec<T> g, Vec<T> h) { return g * (one - h * h); });
-            break;
-        case FieldActivation::softplus:
-            each([&](Vec<T> g, Vec<T> z) { return g * sigmoid(z); });
-            break;
+        case FieldActivation::relu: each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, zero, g); }); break;
+        case FieldActivation::leaky_relu: each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, s * g, g); }); break;
+        case FieldActivation::tanh: each([&](Vec<T> g, Vec<T> h) { return g * (one - h * h); }); break;
+        case FieldActivation::softplus: each([&](Vec<T> g, Vec<T> z) { return g * sigmoid(z); }); break;
         case FieldActivation::silu: {
             Vec<T> total(T(0));
             each([&](Vec<T> g, Vec<T> z) {
@@ -69,12 +61,8 @@ __attribute__((noinline)) T activate_backward(T* grad, const T* saved, Index n, 
             for (int i = 0; i < lanes; ++i) sum += lane[i];
             return sum;
         }
-        case FieldActivation::elu:
-            each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, g * (h + s), g); });
-            break;
-        case FieldActivation::sin:
-            each([&](Vec<T> g, Vec<T> z) { return g * cos(z); });
-            break;
+        case FieldActivation::elu: each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, g * (h + s), g); }); break;
+        case FieldActivation::sin: each([&](Vec<T> g, Vec<T> z) { return g * cos(z); }); break;
     }
     return 0;
 }

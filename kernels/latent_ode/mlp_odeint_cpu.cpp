@@ -361,18 +361,9 @@ private:
                T slope) {
         const FieldActivation activation = p_.activation;
         if (plan_.rows) {
-            const StridedProduct<T> product{block_.count,
-                                            layer.in,
-                                            in,
-                                            padded(layer.in),
-                                            1,
-                                            0,
-                                            packed + layer.forward_at,
-                                            padded(layer.out),
-                                            0,
-                                            1,
-                                            out,
-                                            padded(layer.out)};
+            const StridedProduct<T> product{
+                block_.count, layer.in,         in, padded(layer.in), 1, 0, packed + layer.forward_at, 0, 0, 1,
+                out,          padded(layer.out)};
             const Start<T> start{nullptr, packed + layer.bias_at, accumulate};
             const Index vectors = padded(layer.out) / Vec<T>::lanes;
             if (layer.split_forward)
@@ -397,18 +388,9 @@ private:
     void apply_transposed(const LayerPlan& layer, const T* packed, const T* delta, T* out, bool accumulate) {
         const Start<T> start{nullptr, nullptr, accumulate};
         if (plan_.rows) {
-            const StridedProduct<T> product{block_.count,
-                                            layer.out,
-                                            delta,
-                                            padded(layer.out),
-                                            1,
-                                            0,
-                                            packed + layer.backward_at,
-                                            padded(layer.in),
-                                            0,
-                                            1,
-                                            out,
-                                            padded(layer.in)};
+            const StridedProduct<T> product{
+                block_.count, layer.out,       delta, padded(layer.out), 1, 0, packed + layer.backward_at, 0, 0, 1,
+                out,          padded(layer.in)};
             const Index vectors = padded(layer.in) / Vec<T>::lanes;
             if (layer.split_backward)
                 strided_product<T, true>(product, vectors, start);
@@ -558,13 +540,11 @@ private:
         T time = 0;
         if (!plan_.rows) {
             copy(adjoint, grad_input_, state_);
-            if (p_.control_dim > 0)
-                add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
+            if (p_.control_dim > 0) add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
             if (p_.time_input)
                 for (Index i = 0; i < block_.count; ++i) time += grad_input_[(plan_.inputs - 1) * plan_.width + i];
         } else {
-            const Index row = padded(plan_.inputs), state_row = padded(p_.dim),
-                        control_row = padded(p_.control_dim);
+            const Index row = padded(plan_.inputs), state_row = padded(p_.dim), control_row = padded(p_.control_dim);
             for (Index i = 0; i < block_.count; ++i) {
                 const T* from = grad_input_ + i * row;
                 clear(adjoint + i * state_row, state_row);
@@ -648,16 +628,29 @@ private:
     const T* newest_ = nullptr;
 };
 
-// packed[k][o] = weight[o][k], rows of `padded` elements, zero where there is no o.
+// matrix[k][j] of depth x columns, in panels as strided_product reads them; zero where there is no column. With `transposed`
+// it lies as [j][k].
 template <class T>
-void pack_transposed(T* packed, Index padded, const T* weight, Index out, Index in) {
-    constexpr int lanes = Vec<T>::lanes;
-    const Index whole_out = out / lanes * lanes, whole_in = in / lanes * lanes;
-    for (Index o = 0; o < whole_out; o += lanes)
-        transpose(packed + o, padded, weight + o * in, in, lanes, whole_in);
-    for (Index k = 0; k < in; ++k)
-        for (Index o = k < whole_in ? whole_out : 0; o < padded; ++o)
-            packed[k * padded + o] = o < out ? weight[o * in + k] : T(0);
+void pack_columns(T* packed, const T* matrix, Index depth, Index columns, bool transposed) {
+    constexpr Index lanes = Vec<T>::lanes;
+    const Index whole_depth = depth / lanes * lanes;
+    for (Index from = 0; from < columns; from += tile_vectors * lanes) {
+        const Index vectors = min(tile_vectors, divide_up(columns - from, lanes)), width = vectors * lanes;
+        for (Index j = from; j < from + width; j += lanes) {
+            T* out = packed + j - from;
+            const int valid = static_cast<int>(min(lanes, columns - j));
+            Index k = 0;
+            if (transposed && valid == lanes) {
+                transpose(out, width, matrix + j * depth, depth, lanes, whole_depth);
+                k = whole_depth;
+            }
+            for (; k < depth; ++k) {
+                const T* in = matrix + (transposed ? j * depth + k : k * columns + j);
+                load_strided(in, transposed ? depth : 1, valid).store(out + k * width);
+            }
+        }
+        packed += depth * width;
+    }
 }
 
 template <class T>
@@ -677,12 +670,12 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     const T* weight = source.weight[l] + set * layer.out * layer.in;
     const T* bias = source.bias[l] + set * layer.out;
     T* packed = context.packed + net.packed_at + set * net.packed_set;
-    const Index out = plan.padded(layer.out), in = plan.padded(layer.in);
+    const Index out = plan.padded(layer.out);
     if (context.forward) {
         clear(packed + layer.bias_at, out);
         copy(packed + layer.bias_at, bias, layer.out);
         if (plan.rows)
-            pack_transposed(packed + layer.forward_at, out, weight, layer.out, layer.in);
+            pack_columns(packed + layer.forward_at, weight, layer.in, layer.out, true);
         else
             pack_panels(packed + layer.forward_at, weight, layer.out, layer.in, layer.in, 1, plan.vectors,
                         layer.split_forward);
@@ -691,11 +684,7 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     if (!plan.rows)
         return pack_panels(packed + layer.backward_at, weight, layer.in, layer.out, 1, layer.in, plan.vectors,
                            layer.split_backward);
-    for (Index o = 0; o < layer.out; ++o) {
-        T* row = packed + layer.backward_at + o * in;
-        clear(row, in);
-        copy(row, weight + o * layer.in, layer.in);
-    }
+    pack_columns(packed + layer.backward_at, weight, layer.out, layer.in, false);
 }
 
 // The layer of a network and set, and which of `parts` of it, that a task is about.
@@ -746,7 +735,8 @@ template <class T>
 Index workspace(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward) {
     Arena<T> arena(nullptr);
     const Carrier<T> carrier(p, plan, nullptr, arena, backward);
-    return arena.used() + (backward ? aligned<T>(plan.gradients) + 2 * aligned<double>(plan.steps) * 8 / Index(sizeof(T)) : 0);
+    return arena.used() +
+           (backward ? aligned<T>(plan.gradients) + 2 * aligned<double>(plan.steps) * 8 / Index(sizeof(T)) : 0);
 }
 
 template <class T>
@@ -794,7 +784,7 @@ void run_task(const Run<T>& run, Index task, bool backward) {
 template <class T>
 void forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence) {
     pack(p, plan, memory, true, false);
-    const Run<T> run{&p,   &plan, nullptr, memory, memory + aligned<T>(plan.packed), workspace(p, plan, false),
+    const Run<T> run{&p,   &plan, nullptr, memory,    memory + aligned<T>(plan.packed), workspace(p, plan, false),
                      tape, false, false,   divergence};
     const auto body = [](const void* c, Index task, int) { run_task(*static_cast<const Run<T>*>(c), task, false); };
     parallel_tasks(plan.tasks, p.threads, body, &run);
@@ -904,7 +894,7 @@ void mlp_odeint_lanes(int* of_float, int* of_double) {
 }
 
 #define PK_DEFINE(T)                                                                                                  \
-    void mlp_odeint_memory(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward, Index* elements) {               \
+    void mlp_odeint_memory(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward, Index* elements) {              \
         *elements = memory_of(p, plan, backward);                                                                     \
     }                                                                                                                 \
     void mlp_odeint_forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence) { \

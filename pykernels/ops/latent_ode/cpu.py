@@ -57,7 +57,7 @@ def _arguments(
     results: Sequence[Tensor | None] = (None, None, None),
     gradients: Sequence[Tensor | None] = (),
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:
-    """Method, sizes, slope, networks and arrays for the kernels, and the dense tensors behind them, to be kept alive."""
+    """Method, sizes, slope, networks and arrays for the kernels, and the tensors behind them, to be kept alive."""
     optional = [None if t is None else _dense(t) for t in (*tensors[:6], *tensors[10:])]
     y0, t, slopes, control, correction_slopes, injected, group, mask = optional
     kept, weights, biases = _layers(tensors.weights, tensors.biases, optional)

@@ -52,12 +52,12 @@ def mlp_odeint(
     Args:
         y0: states at the first time, shape (B, D), float32 or float64 (the reference takes any floating dtype).
         t: times (T,), at least one, strictly increasing or decreasing; converted to the dtype of y0.
-        weights: of the layers, each (out, in) as in :class:`torch.nn.Linear`, the first with D + C inputs, the last with D
-            outputs; or each (P, out, in): then sub-step n of the whole trajectory uses set n mod P, in all its stages. A
-            residual network is Euler with steps of size 1 (t = 0, P, 2P, ... and ``substeps=P``).
+        weights: of the layers, each (out, in) as in :class:`torch.nn.Linear`, the first with D + C inputs, the last
+            with D outputs; or each (P, out, in): then sub-step n of the whole trajectory uses set n mod P, in all its
+            stages. A residual network is Euler with steps of size 1 (t = 0, P, 2P, ... and ``substeps=P``).
         biases: of the layers, each (out,) or (P, out), or None for none; or None.
-        activation: between the layers: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"``, ``"silu"``, ``"elu"`` or
-            ``"sin"``.
+        activation: between the layers: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"``, ``"silu"``,
+            ``"elu"`` or ``"sin"``.
         method: ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"`` (Kutta's 3/8 rule, as torchdiffeq),
             ``"rk4_classic"`` or ``"ssp_rk3"``.
         substeps: equal steps in each interval between two times.
@@ -70,12 +70,12 @@ def mlp_odeint(
             group: weights (G, out, in), biases (G, out) or None, slope for silu (G, H'). The field is the sum of both.
         reinject: ``(mask, states)``, bool (T, B) and (T, B, D): interval i starts from
             ``where(mask[i], states[i], out[i])``, while out[i] stays the prediction (scheduled sampling).
-        reverse: integrate backwards: y0 is the state at t[-1], times, control and weight sets are flipped, and the results
-            come in the order of integration; reinject is in that order too.
-        return_residual_norms: also return (T-1, B), the sum of ``||y_{n+1} - y_n||`` over the sub-steps of each interval,
-            with subgradient 0 at 0.
-        return_energy: also return (T-1, B), the sum over the sub-steps of ``sum_i b_i ||k_i||^2``; ``"time"`` multiplies
-            each by |h|.
+        reverse: integrate backwards: y0 is the state at t[-1], times, control and weight sets are flipped, and the
+            results come in the order of integration; reinject is in that order too.
+        return_residual_norms: also return (T-1, B), the sum of ``||y_{n+1} - y_n||`` over the sub-steps of each
+            interval, with subgradient 0 at 0.
+        return_energy: also return (T-1, B), the sum over the sub-steps of ``sum_i b_i ||k_i||^2``; ``"time"``
+            multiplies each by |h|.
         max_memory: bytes that the forward may keep for the backward, 512 MiB by default. What exceeds them is computed
             again, in pieces.
         validate: check that times are monotone, groups in range and states finite: True, False, or None to do so on the
@@ -85,9 +85,9 @@ def mlp_odeint(
     Returns:
         states (T, B, D), the first being y0; with norms or energy a tuple (states, norms, energy) of what is asked for.
 
-    Gradients for y0, t, weights, biases, slopes, control and injected states: exact ones of the discrete steps. Derivatives
-    of higher order, forward mode and ``torch.func`` transforms run the reference. Under ``torch.compile`` first derivatives
-    only.
+    Gradients for y0, t, weights, biases, slopes, control and injected states: exact ones of the discrete steps.
+    Derivatives of higher order, forward mode and ``torch.func`` transforms run the reference. Under ``torch.compile``
+    first derivatives only.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -392,6 +392,14 @@ def _reads_values(t: Tensor, validate: bool | None) -> bool:
     return t.device.type == "cpu" if validate is None else validate
 
 
+def _run_cpu(tensors: Tensors, options: Options) -> autograd.Results:
+    return autograd.run(tensors, options, "cpu")
+
+
+def _run_triton(tensors: Tensors, options: Options) -> autograd.Results:
+    return autograd.run(tensors, options, "triton")
+
+
 def _available() -> Answer:
     return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
 
@@ -420,7 +428,8 @@ def _check(backend: str) -> Check:
 
     tensors = (random(5, 3), random(17, 5) / 2, random(17), random(3, 17) / 4, random(3), random(4, 5, 2))
 
-    def run(backend: str, y0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, z: Tensor) -> Tensor:
+    def run(backend: str, *tensors: Tensor) -> Tensor:
+        y0, w1, b1, w2, b2, z = tensors
         t = torch.linspace(0, 1, 5, dtype=y0.dtype, device=y0.device)
         states: Tensor = mlp_odeint(
             y0, t, [w1, w2], [b1, b2], activation="tanh", method="rk4", substeps=2, control=z, backend=backend
@@ -434,8 +443,8 @@ _OPERATOR = register(
     Operator(
         name="mlp_odeint",
         implementations={
-            "cpu": Implementation(lambda *args: autograd.run(*args, "cpu"), _cpu_can_run, _available),
-            "triton": Implementation(lambda *args: autograd.run(*args, "triton"), _triton_can_run, _triton.available),
+            "cpu": Implementation(_run_cpu, _cpu_can_run, _available),
+            "triton": Implementation(_run_triton, _triton_can_run, _triton.available),
             "reference": Implementation(reference.solve, lambda *args: YES, lambda: YES),
         },
         check=_check,

@@ -1,11 +1,11 @@
 """Operators ``pykernels::mlp_odeint*``: schemas, shapes for tracing, and the choice of the kernels that run them.
 
-Private: :func:`pykernels.mlp_odeint` checks the arguments and adds the derivatives. A backend's kernels are a module with
-these two functions, with the tensors and options of :mod:`reference`:
+Private: :func:`pykernels.mlp_odeint` checks the arguments and adds the derivatives. A backend's kernels are a module
+with these functions of the tensors and options of :mod:`reference`:
 
 ``forward(tensors, options, save) -> (states, norms, energy, saved)``
-    states (T, B, D), norms and energy (T-1, B), or None or empty where not asked for, all contiguous. ``saved`` is a list
-    of tensors, empty unless ``save``: what the backward needs beside the states, of any form, about
+    states (T, B, D), norms and energy (T-1, B), or None or empty where not asked for, all contiguous. ``saved`` is a
+    list of tensors, empty unless ``save``: what the backward needs beside the states, of any form, about
     ``options.max_memory`` bytes at most.
 ``backward(grad_states, grad_norms, grad_energy, states, saved, tensors, options, needed) -> list[Tensor | None]``
     gradients of the differentiable tensors in the order of :func:`differentiable`, one after the other; None, or empty
@@ -62,7 +62,7 @@ def kernels(backend: str) -> Any:
 def differentiable(tensors: Tensors) -> list[Tensor | None]:
     """What has a gradient, in the order of the gradients.
 
-    y0, t, slopes, control, correction_slopes, injected, then the weights, biases, correction weights, correction biases.
+    y0, t, slopes, control, correction_slopes, injected, then weights, biases, correction weights, correction biases.
     """
     return [
         *tensors[:6],

@@ -30,7 +30,8 @@ class Options(NamedTuple):
         time_input: whether the last input of the networks is the time.
         input_map: a key of :data:`INPUT_MAPS`, applied to the state where it enters the networks.
         norms: whether to sum ``||y_{n+1} - y_n||`` over the sub-steps of each interval.
-        energy: ``"none"``, or the sum over sub-steps of ``sum_i b_i ||k_i||^2``: ``"plain"``, or each times |h|, ``"time"``.
+        energy: ``"none"``, or the sum over sub-steps of ``sum_i b_i ||k_i||^2``: ``"plain"``, or each times |h|:
+            ``"time"``.
         max_memory: bytes that the forward may keep for the backward; what exceeds them is computed again.
         validate: raise FloatingPointError when a state is not finite.
     """
