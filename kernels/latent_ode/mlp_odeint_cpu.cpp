@@ -192,11 +192,14 @@ private:
         }
     }
 
-    // sum[s] = <a, b> of each sample.
+    // sum[s] = <a, b> of each sample, added up in the same order however a block lies: the bits must not depend on that.
     void dot_samples(T* sum, const T* a, const T* b) const {
         if (plan_.rows) {
             const Index row = padded(p_.dim);
-            for (Index s = 0; s < block_.count; ++s) sum[s] = dot(a + s * row, b + s * row, row);
+            for (Index s = 0; s < block_.count; ++s) {
+                sum[s] = 0;
+                for (Index f = 0; f < p_.dim; ++f) sum[s] += a[s * row + f] * b[s * row + f];
+            }
             return;
         }
         clear(sum, plan_.width);
