@@ -223,6 +223,10 @@ PK_INLINE void strided_tile_of(int height, const StridedProduct<T>& p, Index row
 template <class T, int NV, bool split>
 void strided_rows(const StridedProduct<T>& p, Index column, const Start<T>& start) {
     constexpr int most = tile_rows(NV, split) > 8 ? 8 : tile_rows(NV, split);
+    if (p.rows <= most) {  // without divisions
+        if (p.rows > 0) strided_tile_of<T, most, NV, split>(static_cast<int>(p.rows), p, 0, column, start);
+        return;
+    }
     const Index tiles = divide_up(p.rows, most), larger = p.rows % tiles;
     const int height = static_cast<int>(p.rows / tiles);
     Index row = 0;

@@ -69,7 +69,12 @@ template <class T>
 class Carrier {
 public:
     Carrier(const MLPOdeint<T>& p, const MLPPlan& plan, const T* packed, Arena<T>& arena, bool backward)
-        : p_(p), plan_(plan), packed_(packed), stages_(p.method.stages), state_(plan.extent(p.dim)) {
+        : p_(p),
+          plan_(plan),
+          packed_(packed),
+          stages_(p.method.stages),
+          state_(plan.extent(p.dim)),
+          direct_(p.input_map == InputMap::none && (!plan.rows || plan.inputs == p.dim)) {
         y_ = arena.take(state_);
         inner_ = arena.take(state_);
         control_ = arena.take(plan.extent(p.control_dim));
@@ -187,11 +192,14 @@ private:
         }
     }
 
-    // sum[s] = <a, b> of each sample.
+    // sum[s] = <a, b> of each sample, added up in the same order however a block lies: the bits must not depend on that.
     void dot_samples(T* sum, const T* a, const T* b) const {
         if (plan_.rows) {
             const Index row = padded(p_.dim);
-            for (Index s = 0; s < block_.count; ++s) sum[s] = dot(a + s * row, b + s * row, row);
+            for (Index s = 0; s < block_.count; ++s) {
+                sum[s] = 0;
+                for (Index f = 0; f < p_.dim; ++f) sum[s] += a[s * row + f] * b[s * row + f];
+            }
             return;
         }
         clear(sum, plan_.width);
@@ -311,10 +319,9 @@ private:
 
     // k = field(time, y + sum_j factor[j] used[j])
     void evaluate(T* record, T* k, const T* factor, T* const* used, int terms, const Step& s, T time) {
-        const bool direct = p_.input_map == InputMap::none && (!plan_.rows || plan_.inputs == p_.dim);
-        T* state = direct ? record : p_.input_map == InputMap::none ? inner_ : record + plan_.state_at;
+        T* state = direct_ ? record : p_.input_map == InputMap::none ? inner_ : record + plan_.state_at;
         combine(state, y_, factor, used, terms, active_);
-        if (!direct) {
+        if (!direct_) {
             const T* mapped = state;
             if (p_.input_map != InputMap::none) {
                 map_input(inner_, state, state_, p_.input_map);
@@ -618,6 +625,7 @@ private:
     const T* packed_;
     const int stages_;
     const Index state_;  // elements of a block of states
+    const bool direct_;  // the state is the front of a network input as it is
     Index active_ = 0;   // of them, those of samples that are there, or repeated
     SampleBlock block_{};
     bool reported_ = false;
