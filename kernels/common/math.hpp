@@ -203,17 +203,20 @@ PK_INLINE Vec<T> sin_shifted(Vec<T> x, T shift) {
     return sine * (Vec<T>(T(1)) - Vec<T>(T(2)) * odd * odd);
 }
 
-// Of all lanes, or, where one is too large for the reduction above or not finite, lane by lane.
+// Lanes that are too large for the reduction above, or not finite, one by one: what the others get does not depend on them.
 template <class T, bool cosine>
 PK_INLINE Vec<T> sin_or_cos(Vec<T> x) {
-    T lane[Vec<T>::lanes];
-    const Vec<T> zero(T(0)), one(T(1));
-    select_le(copysign(x, one), Vec<T>(Pi<T>::sin_limit), zero, one).store(lane);
-    T large = 0;
-    for (int i = 0; i < Vec<T>::lanes; ++i) large += lane[i];
-    if (large == 0) return sin_shifted(x, cosine ? T(0.5) : T(0));
-    x.store(lane);
-    for (int i = 0; i < Vec<T>::lanes; ++i) lane[i] = cosine ? cos_of_large(lane[i]) : sin_of_large(lane[i]);
+    T large[Vec<T>::lanes], lane[Vec<T>::lanes];
+    const Vec<T> zero(T(0)), one(T(1)), result = sin_shifted(x, cosine ? T(0.5) : T(0));
+    select_le(copysign(x, one), Vec<T>(Pi<T>::sin_limit), zero, one).store(large);
+    T any = 0;
+    for (int i = 0; i < Vec<T>::lanes; ++i) any += large[i];
+    if (any == 0) return result;
+    T argument[Vec<T>::lanes];
+    x.store(argument);
+    result.store(lane);
+    for (int i = 0; i < Vec<T>::lanes; ++i)
+        if (large[i] != 0) lane[i] = cosine ? cos_of_large(argument[i]) : sin_of_large(argument[i]);
     return Vec<T>::load(lane);
 }
 

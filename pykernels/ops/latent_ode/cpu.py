@@ -16,8 +16,6 @@ from pykernels.ops.latent_ode.reference import ACTIVATIONS, INPUT_MAPS, Options,
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 _ENERGY = {"none": 0, "plain": 1, "time": 2}
-#: Elements before the tape: the number of threads that it was written with.
-_HEADER = 16
 
 
 class _Names(NamedTuple):
@@ -132,14 +130,12 @@ def forward(
     states = y0.new_empty((times, batch, dim))
     norms = y0.new_empty((times - 1, batch)) if options.norms else None
     energy = y0.new_empty((times - 1, batch)) if options.energy != "none" else None
-    threads = torch.get_num_threads()
-    arguments, _kept = _arguments(tensors, options, threads, (states, norms, energy))
+    arguments, _kept = _arguments(tensors, options, torch.get_num_threads(), (states, norms, energy))
     kernels = _KERNELS[y0.dtype]
     tape, tape_address = [], 0
     if save:
-        memory = y0.new_empty(_HEADER + getattr(_native.cpu, kernels.tape)(*arguments))
-        memory[0] = threads
-        tape, tape_address = [memory], memory.data_ptr() + _HEADER * memory.element_size()
+        memory = y0.new_empty(getattr(_native.cpu, kernels.tape)(*arguments))
+        tape, tape_address = [memory], memory.data_ptr()
     step, sample = getattr(_native.cpu, kernels.forward)(*arguments, tape_address)
     if step >= 0:
         interval, part = divmod(step, options.substeps)
@@ -166,7 +162,7 @@ def backward(
     """See op.py."""
     assert _native.cpu is not None
     (tape,) = saved
-    if tape.dtype != states.dtype or not tape.is_contiguous() or tape.numel() < _HEADER:
+    if tape.dtype != states.dtype or not tape.is_contiguous():
         raise ValueError("saved must be what the forward on the CPU returned")
     grads = [None if g is None else _dense(g) for g in (grad_states, grad_norms, grad_energy)]
     gradients = empty_gradients(tensors, needed)
@@ -177,9 +173,8 @@ def backward(
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
-    arguments, _kept = _arguments(tensors, options, int(tape[0]), gradients=gradients)
+    arguments, _kept = _arguments(tensors, options, 1, gradients=gradients)  # as many threads as the tape says
     _native_backward = getattr(_native.cpu, _KERNELS[states.dtype].backward)
     addresses = list(map(_pointer, (*grads, y0, t, control, injected)))
-    tape_address = tape.data_ptr() + _HEADER * tape.element_size()
-    _native_backward(*arguments, tape_address, tape.numel() - _HEADER, addresses)
+    _native_backward(*arguments, tape.data_ptr(), tape.numel(), addresses)
     return gradients

@@ -75,7 +75,7 @@ def mlp_odeint(
         return_residual_norms: also return (T-1, B), the sum of ``||y_{n+1} - y_n||`` over the sub-steps of each
             interval, with subgradient 0 at 0.
         return_energy: also return (T-1, B), the sum over the sub-steps of ``sum_i b_i ||k_i||^2``; ``"time"``
-            multiplies each by |h|.
+            multiplies each by ``|h|``.
         max_memory: bytes that the forward may keep for the backward, 512 MiB by default. What exceeds them is computed
             again, in pieces.
         validate: check that times are monotone, groups in range and states finite: True, False, or None to do so on the

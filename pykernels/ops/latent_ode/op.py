@@ -101,10 +101,12 @@ def _backward(
     *args_, backend, needed = args
     tensors, options = problem(args_)
     _check_shapes(tensors)
-    rows = (states.shape[0] - 1, states.shape[1])
-    for grad, shape in ((grad_states, states.shape), (grad_norms, rows), (grad_energy, rows)):
+    times, batch = tensors.t.shape[0], tensors.y0.shape[0]
+    for t in (states, grad_states):
+        _check(t, (times, *tensors.y0.shape), tensors.y0.dtype)
+    for grad in (grad_norms, grad_energy):
         if grad is not None and grad.numel() > 0:
-            _check(grad, tuple(shape), states.dtype)
+            _check(grad, (times - 1, batch), states.dtype)
     gradients: list[Tensor | None] = kernels(backend).backward(
         grad_states, grad_norms, grad_energy, states, saved, tensors, options, needed
     )
@@ -136,6 +138,8 @@ def _check_shapes(tensors: Tensors) -> None:
         (tensors.correction_weights, tensors.correction_biases, tensors.correction_slopes),
     ):
         inputs = features
+        if weights and weights[0].dim() not in ((2, 3) if weights is tensors.weights else (3,)):
+            raise ValueError(f"weights of shape {tuple(weights[0].shape)}; call pykernels.mlp_odeint instead")
         for w, b in zip(weights, biases, strict=True):
             sets = weights[0].shape[:-2]
             _check(w, (*sets, w.shape[-2], inputs), dtype)
