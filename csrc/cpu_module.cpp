@@ -19,6 +19,7 @@
 #include "causal_conv/weight_norm.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
+#include "latent_ode.hpp"
 
 namespace py = pybind11;
 
@@ -435,4 +436,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     define_stream<double>(m, "StreamDouble");
     m.def("weight_norm_forward", &weight_norm_forward);
     m.def("weight_norm_backward", &weight_norm_backward);
+    bind_latent_ode(m);
 }

@@ -18,7 +18,7 @@ template <>
 struct Ln2<float> {
     static constexpr float inverse = 1.44269504088896341f, high = 0.693145751953125f, low = 1.42860682030941723e-6f;
     static constexpr float tanh_is_one = 10.0f;
-    static constexpr float exp_is_zero = -104.0f, exp_is_infinite = 89.0f;
+    static constexpr float exp_is_zero = -104.0f, exp_is_infinite = 89.0f, expm1_is_minus_one = -20.0f;
     static constexpr int taylor_degree = 8;  // relative truncation error of expm1 on |r| <= ln2/2: 6e-10
 };
 template <>
@@ -26,7 +26,7 @@ struct Ln2<double> {
     static constexpr double inverse = 1.44269504088896340736, high = 0.693147180369123816490,
                             low = 1.90821492927058770002e-10;
     static constexpr double tanh_is_one = 20.0;
-    static constexpr double exp_is_zero = -746.0, exp_is_infinite = 710.0;
+    static constexpr double exp_is_zero = -746.0, exp_is_infinite = 710.0, expm1_is_minus_one = -40.0;
     static constexpr int taylor_degree = 13;  // 1.2e-17
 };
 
@@ -60,6 +60,21 @@ PK_INLINE Vec<T> tanh(Vec<T> x) {
     const Vec<T> p = r + r * r * taylor_exp<2, L::taylor_degree>(r);
     const Vec<T> e = power * p + (power - Vec<T>(T(1)));
     return copysign(e / (e + Vec<T>(T(2))), x);
+}
+
+// Relative error below 3 ulp; NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> expm1(Vec<T> x) {
+    using L = Ln2<T>;
+    const Vec<T> low(L::expm1_is_minus_one), high(L::exp_is_infinite), one(T(1));
+    x = select_le(x, low, low, x);
+    const Vec<T> bounded = select_le(high, x, high, x);
+    // One power less, so that it does not overflow before the result does.
+    const auto [n, power] = round_and_exp2(bounded * Vec<T>(L::inverse) - one);
+    const Vec<T> m = n + one;
+    const Vec<T> r = (bounded - m * Vec<T>(L::high)) - m * Vec<T>(L::low);
+    const Vec<T> p = r + r * r * taylor_exp<2, L::taylor_degree>(r);
+    return (power * p + (power - Vec<T>(T(0.5)))) * Vec<T>(T(2));
 }
 
 // exp x = 2^n (1 + p(r)), x = n ln2 + r; 2^n in two factors, so that results below the normal numbers and infinity come out
@@ -117,6 +132,88 @@ PK_INLINE Vec<T> erf(Vec<T> x) {
     const Vec<T> tail = exp(Vec<T>(T(0)) - a * a) * polynomial(far_above, a) / polynomial(far_below, a);
     const Vec<T> outer = copysign(Vec<T>(T(1)) - tail, x);
     return select_le(magnitude, Vec<T>(T(0.46875)), inner, outer);
+}
+
+// log(1 + exp x) = max(x, 0) + log1p(u), u = exp(-|x|), log1p u = 2 atanh(u / (2 + u)). Error below 3 ulp; NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> softplus(Vec<T> x) {
+    constexpr int terms = sizeof(T) == 4 ? 8 : 17;  // of atanh s = s + s^3/3 + ..., s <= 1/3
+    const Vec<T> zero(T(0)), u = exp(zero - copysign(x, Vec<T>(T(1))));
+    const Vec<T> s = u / (u + Vec<T>(T(2))), square = s * s;
+    Vec<T> sum(T(1) / T(2 * terms - 1));
+#pragma GCC unroll 32
+    for (int i = terms - 2; i >= 0; --i) sum = sum * square + Vec<T>(T(1) / T(2 * i + 1));
+    return select_le(x, zero, zero, x) + Vec<T>(T(2)) * s * sum;
+}
+
+// pi in three parts: n times the first two is exact up to |x| = sin_limit.
+template <class T>
+struct Pi;
+template <>
+struct Pi<float> {
+    static constexpr float inverse = 0.318309886183790672f, high = 3.140625f, middle = 9.67502593994140625e-4f,
+                           low = 1.50995799097837551e-7f;
+    static constexpr float sin_limit = 12000.0f;
+    static constexpr int terms = 7;  // of the series of sin on |r| <= pi/2
+};
+template <>
+struct Pi<double> {
+    static constexpr double inverse = 0.318309886183790671538, high = 3.14159265346825122833,
+                            middle = 1.21542010180289428156e-10, low = -5.01655761266833226942e-20;
+    static constexpr double sin_limit = 1e6;
+    static constexpr int terms = 12;
+};
+
+PK_INLINE float sin_of_large(float x) { return __builtin_sinf(x); }
+PK_INLINE double sin_of_large(double x) { return __builtin_sin(x); }
+PK_INLINE float cos_of_large(float x) { return __builtin_cosf(x); }
+PK_INLINE double cos_of_large(double x) { return __builtin_cos(x); }
+
+// The argument is r + (n - shift) pi, |r| <= pi/2: (-1)^n sin r is sin x for shift 0, and cos x for shift 1/2.
+template <class T>
+PK_INLINE Vec<T> sin_shifted(Vec<T> x, T shift) {
+    using P = Pi<T>;
+    const Vec<T> magic(Format<T>::round_magic);
+    const Vec<T> n = (x * Vec<T>(P::inverse) + Vec<T>(shift) + magic) - magic, turns = n - Vec<T>(shift);
+    const Vec<T> r = ((x - turns * Vec<T>(P::high)) - turns * Vec<T>(P::middle)) - turns * Vec<T>(P::low);
+    const Vec<T> odd = n - Vec<T>(T(2)) * ((n * Vec<T>(T(0.5)) + magic) - magic);  // 0 or +-1
+    const Vec<T> square = r * r;
+    T coefficient[P::terms];  // of r^(2i+1)
+    double factorial = 1;
+#pragma GCC unroll 16
+    for (int i = 0; i < P::terms; ++i) {
+        coefficient[i] = static_cast<T>((i % 2 == 0 ? 1 : -1) / factorial);
+        factorial *= (2 * i + 2) * (2 * i + 3);
+    }
+    Vec<T> sum(coefficient[P::terms - 1]);
+#pragma GCC unroll 16
+    for (int i = P::terms - 2; i > 0; --i) sum = sum * square + Vec<T>(coefficient[i]);
+    const Vec<T> sine = r + r * square * sum;
+    return sine * (Vec<T>(T(1)) - Vec<T>(T(2)) * odd * odd);
+}
+
+// Of all lanes, or, where one is too large for the reduction above or not finite, lane by lane.
+template <class T, bool cosine>
+PK_INLINE Vec<T> sin_or_cos(Vec<T> x) {
+    T lane[Vec<T>::lanes];
+    const Vec<T> zero(T(0)), one(T(1));
+    select_le(copysign(x, one), Vec<T>(Pi<T>::sin_limit), zero, one).store(lane);
+    T large = 0;
+    for (int i = 0; i < Vec<T>::lanes; ++i) large += lane[i];
+    if (large == 0) return sin_shifted(x, cosine ? T(0.5) : T(0));
+    x.store(lane);
+    for (int i = 0; i < Vec<T>::lanes; ++i) lane[i] = cosine ? cos_of_large(lane[i]) : sin_of_large(lane[i]);
+    return Vec<T>::load(lane);
+}
+
+// Absolute error below 2 eps; NaN and infinity give NaN.
+template <class T>
+PK_INLINE Vec<T> sin(Vec<T> x) {
+    return sin_or_cos<T, false>(x);
+}
+template <class T>
+PK_INLINE Vec<T> cos(Vec<T> x) {
+    return sin_or_cos<T, true>(x);
 }
 
 PK_ISA_END
