@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Mode(NamedTuple):
             networks.append(("correction ", self.groups, self.correction))
         for name, count, hidden in networks:
             widths = (inputs, *hidden, self.dim)
-            for i, (n, m) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (n, m) in enumerate(pairwise(widths)):
                 found[f"{name}weight {i}"] = random(count, m, n) / n**0.5
                 found[f"{name}bias {i}"] = random(count, m) / 2
             if self.activation == "silu":
@@ -139,7 +140,7 @@ OPTIONS = [
     Mode(sets=7, times=3, substeps=2, method="euler", activation="silu"),
     Mode(times=5, controls=2, reinject=True, method="euler", substeps=3, energy=True),
     Mode(groups=3, correction=(4, 5, 6), batch=37, activation="silu", sets=2, times=4, method="euler", norms=True),
-    Mode(groups=40, batch=9, method="midpoint", controls=1, time_input=True, reinject=True),
+    Mode(groups=40, batch=4, substeps=1, method="midpoint", controls=1, time_input=True, reinject=True),
     Mode(falling=True, energy="time", norms=True, method="rk4"),
 ]
 
@@ -161,7 +162,7 @@ PIECES = [
     Mode(max_memory=0, time_input=True, norms=True, energy="time", method="heun2"),
     Mode(max_memory=0, sets=3, times=4, method="euler"),
     Mode(max_memory=100_000, times=6, controls=2, substeps=3, reinject=True, method="midpoint", input_map="cube"),
-    Mode(max_memory=200_000, times=6, sets=3, substeps=3, groups=2, activation="silu", method="midpoint"),
+    Mode(max_memory=600_000, times=5, sets=3, groups=2, activation="silu", method="midpoint"),
     Mode(max_memory=100_000, times=4, hidden=(66,), method="euler"),
 ]
 

@@ -6,19 +6,24 @@ A program carries its block of samples through all steps in one launch, the stat
     of one     | y_0 -> k_1 .. k_s -> y_1 -> .. |   k_i = network(a_i),   a_i = [map(Y_i) | z, t]
     program    +--------------------------------+
 
-Networks of narrow layers keep activations in registers, too, and weights come from the L1 cache. Those of wide layers go
-tile by tile through a *row* of memory for each sample, which holds the inputs and outputs of all layers of one evaluation:
+Networks of narrow layers keep activations in registers, too, and find their weights in the L1 cache. Those of wide
+layers go tile by tile through a *row* of memory for each sample, with the inputs and outputs of all layers of one
+evaluation:
 
-    | map(Y) | z, t | h_1 | h_2 | ... | pre-activations, if act' needs them | k | Y, if there is a map |
+    | map(Y) | z, t | h_1 | (z_1) | h_2 | (z_2) | .. | k | Y, if there is a map |
 
-The same rows are what the backward needs; with ``save`` there is one for each evaluation of each sample. The backward goes
-through the steps in reverse in one launch and writes a row with the adjoints of what each layer puts out. The gradients of
-weights and biases are products and sums of both rows over all evaluations, by torch, which does them at the full rate of
-the GPU and in an order that depends on sizes alone. Rows that would exceed ``max_memory`` are computed again in pieces: the
-forward then keeps the state at the start of each piece only.
+where pre-activations z are there if act' needs them. The same rows are what the backward needs; with ``save`` there is
+one for each evaluation of each sample. The backward goes through the steps in reverse in one launch and writes rows of
+adjoints:
+
+    | of k | of the inputs, if wide | of slopes | of z_1 | of z_2 | .. |
+
+The gradients of weights and biases are products and sums of both rows over all evaluations, by torch: at the rate of
+large products, and in an order that depends on sizes alone. Rows that would exceed ``max_memory`` are computed again in
+pieces: the forward then keeps the state at the start of each piece only.
 
 Weights are packed with zeros up to sizes that tiles divide, so kernels mask nothing but samples and the state. With
-corrections the samples are sorted by group; blocks hold samples of one group alone.
+corrections the samples are sorted by group, and the samples of a block are of one group.
 """
 
 from __future__ import annotations
@@ -40,10 +45,12 @@ from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 #: Programs that are enough for a GPU: blocks of samples grow beyond 16 only where that many remain.
 ENOUGH_PROGRAMS = 256
-#: Padded layers up to this size are computed in registers.
-NARROW = 64
+#: Layers whose padded rows have at most these bytes are computed in registers.
+NARROW = 256
 #: Elements of a gradient of weights that blocks of samples may compute each on its own, before they are added up.
 PARTIAL_SUMS = 1 << 22
+#: Arguments whose values no kernel is compiled anew for.
+UNSPECIALIZED = ("batch", "first", "last", "substeps", "parameter_sets", "piece", "sets", "repeats")
 ACCUMULATOR = {torch.float64: tl.float64, torch.float32: tl.float32}
 
 
@@ -132,13 +139,17 @@ def pick(i, VALUES: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def combine(i, k0, k1, k2, k3, COEFFICIENTS: tl.constexpr, ACC: tl.constexpr):
     """sum_j COEFFICIENTS[j][i] k_j; there are at most four stages."""
-    total = pick(i, COEFFICIENTS[0], ACC) * k0
+    OF_K0: tl.constexpr = COEFFICIENTS[0]
+    total = pick(i, OF_K0, ACC) * k0
     if len(COEFFICIENTS) > 1:
-        total += pick(i, COEFFICIENTS[1], ACC) * k1
+        OF_K1: tl.constexpr = COEFFICIENTS[1]
+        total += pick(i, OF_K1, ACC) * k1
     if len(COEFFICIENTS) > 2:
-        total += pick(i, COEFFICIENTS[2], ACC) * k2
+        OF_K2: tl.constexpr = COEFFICIENTS[2]
+        total += pick(i, OF_K2, ACC) * k2
     if len(COEFFICIENTS) > 3:
-        total += pick(i, COEFFICIENTS[3], ACC) * k3
+        OF_K3: tl.constexpr = COEFFICIENTS[3]
+        total += pick(i, OF_K3, ACC) * k3
     return total
 
 
@@ -208,7 +219,7 @@ def forward_layer_narrow(
         w = tl.load(weights + W + (DP + tl.arange(0, EP)[:, None]) * OUT + n)
         z = tl.dot(extra, w, z, input_precision="ieee", out_dtype=ACC)
     at = tl.arange(0, BLOCK)[:, None] * ROW + n
-    if LAYER == len(NET) - 1:
+    if len(NET) - 1 == LAYER:
         h = z
     else:
         beta = 0.0
@@ -299,7 +310,7 @@ def evaluate(
         return tl.load(rows + K + tl.arange(0, BLOCK)[:, None] * ROW + tl.arange(0, DP)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def trajectory_forward(
     start,  # (B, D), the state before sub-step `first`
     starts,  # (N,), times of the sub-steps
@@ -373,8 +384,8 @@ def trajectory_forward(
     for n in range(first, last):
         interval = (n // substeps).to(tl.int64)
         if checkpoints is not None:
-            if n % piece == 0:
-                tl.store(checkpoints + (n // piece).to(tl.int64) * batch * D + at, y, mask=inside)
+            to = checkpoints + (n // piece).to(tl.int64) * batch * D + at
+            tl.store(to, y, mask=inside & (n % piece == 0))
         if n % substeps == 0:
             norm = tl.zeros((BLOCK, 1), ACC)
             total_energy = tl.zeros((BLOCK, 1), ACC)
@@ -593,7 +604,7 @@ def pull_back(
     SLOPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The adjoints of a and extra (a again if there is none) from that of k, which the row of adjoints holds already."""
+    """The adjoints of a and extra (a again if there is none) from that of k, which the rows hold already."""
     LAST: tl.constexpr = len(NET) - 1
     d = tl.arange(0, DP)[None, :]
     if NARROW:
@@ -648,7 +659,7 @@ def load_k(rows, at, NET: tl.constexpr, CORRECTION: tl.constexpr):
     return k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def trajectory_backward(
     adjoint,  # (B, D): of the state after sub-step last - 1 on entry, before sub-step `first` on return
     steps,  # (N,)
@@ -824,13 +835,12 @@ def trajectory_backward(
             sums = time_sums + (n.to(tl.int64) * programs + program) * 2
             tl.store(sums, tl.sum(tl.sum(tl.where(exists, start_bar, 0.0), axis=1), axis=0))
             tl.store(sums + 1, tl.sum(tl.sum(tl.where(exists, step_bar, 0.0), axis=1), axis=0))
-        if EP > 0:
-            if grad_control is not None:
-                if (n % substeps == 0) | (n == first):
-                    to = grad_control + (interval * batch + sample) * C + c
-                    there = exists & (c < C)
-                    tl.store(to, tl.load(to, mask=there, other=0.0) + control_bar, mask=there)
-                    control_bar = tl.zeros((BLOCK, EP), ACC)
+        if EP > 0 and grad_control is not None:
+            complete = (n % substeps == 0) | (n == first)
+            there = exists & (c < C) & complete
+            to = grad_control + (interval * batch + sample) * C + c
+            tl.store(to, tl.load(to, mask=there, other=0.0) + control_bar, mask=there)
+            control_bar = tl.where(complete, 0.0, control_bar)
         if n % substeps == 0:
             if mask is not None:
                 marked = tl.load(mask + interval * batch + sample, mask=exists, other=0) != 0
@@ -866,7 +876,7 @@ INTERPRETED = not isinstance(trajectory_forward, triton.JITFunction)
 
 
 def launch(device: torch.device, kernel: Any, programs: int, **arguments: Any) -> None:
-    """Run ``programs`` programs of a kernel. Everything on the device but torch's own products and sums goes through here."""
+    """Run ``programs`` programs of a kernel. All but torch's own functions goes through here."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](**arguments)
 
@@ -947,7 +957,7 @@ class Problem:
         self.groups = int(tensors.correction_weights[0].shape[0]) if tensors.group is not None else 0
         networks = [tensors.weights, tensors.correction_weights] if self.groups else [tensors.weights]
         widths = [padded(int(w.shape[1])) for weights in networks for w in weights[:-1]]
-        self.narrow = max([self.dp, self.ep, *widths]) <= NARROW
+        self.narrow = max([self.dp, self.ep, *widths]) * self.dtype.itemsize <= NARROW
         self.block = self._block()
         self.programs = -(-self.batch // self.block)
         if self.groups:  # a group's last block may be partly filled
@@ -1029,7 +1039,7 @@ class Problem:
             "NARROW": self.narrow,
             "BLOCK": self.block,
             "ACC": ACCUMULATOR[self.dtype],
-            "num_warps": 8 if self.block == 64 else 4,
+            "num_warps": self.block // 4,
         }
 
     def piece(self) -> int:
@@ -1076,7 +1086,7 @@ def prepare(p: Problem, transposed: bool) -> Prepared:
         samples, owners, bounds = blocks_of_groups(p, tensors.group)
     silu = options.activation == "silu"
     common: dict[str, Any] = {
-        "steps": h.repeat_interleave(options.substeps, output_size=p.substeps),
+        "steps": h[:, None].expand(-1, options.substeps).reshape(-1),
         "mask": contiguous(tensors.mask),
         "samples": samples,
         "groups": owners,
@@ -1151,45 +1161,17 @@ def blocks_of_groups(p: Problem, group: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return samples.reshape(-1), owner, bounds
 
 
-def check(tensors: Tensors, options: Options) -> None:
-    """Raise unless the kernels would read what the arguments hold."""
-    y0 = tensors.y0
-    times, (batch, dim) = tensors.t.shape[0], y0.shape
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
-        ("t", tensors.t, (times,), y0.dtype),
-        ("injected", tensors.injected, (times, batch, dim), y0.dtype),
-        ("mask", tensors.mask, (times, batch), torch.bool),
-        ("group", tensors.group, (batch,), torch.int64),
-    ]
-    extras = int(options.time_input)
-    if tensors.control is not None:
-        controls = tensors.control.shape[-1]
-        expected.append(("control", tensors.control, (times - 1, batch, controls), y0.dtype))
-        extras += controls
-    networks = [("weights", tensors.weights, tensors.biases, tensors.slopes)]
-    if tensors.group is not None:
-        networks.append(
-            ("correction_weights", tensors.correction_weights, tensors.correction_biases, tensors.correction_slopes)
-        )
-    for name, weights, biases, slopes in networks:
-        sets, inputs = weights[0].shape[0], dim + extras
-        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-            outputs = dim if i == len(weights) - 1 else w.shape[1]
-            expected.append((f"{name}[{i}]", w, (sets, outputs, inputs), y0.dtype))
-            expected.append((f"the bias of {name}[{i}]", b, (sets, outputs), y0.dtype))
-            inputs = outputs
-        expected.append((f"the slopes of {name}", slopes, (sets, len(weights) - 1), y0.dtype))
-    for name, tensor, shape, dtype in expected:
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != y0.device):
-            raise ValueError(
-                f"{name} must have shape {tuple(shape)}, {dtype} on {y0.device}, got {tuple(tensor.shape)}, "
-                f"{tensor.dtype} on {tensor.device}; call pykernels.mlp_odeint rather than the raw operator"
-            )
+def stacked(tensors: Tensors) -> Tensors:
+    """The same with weights (P, out, in) and biases (P, out), views where they were (out, in)."""
+    if tensors.weights[0].dim() == 3:
+        return tensors
+    weights, biases = [w.unsqueeze(0) for w in tensors.weights], [b.unsqueeze(0) for b in tensors.biases]
+    return tensors._replace(weights=weights, biases=biases)
 
 
 def forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """States, norms, energy and what the backward needs; see ``op.py``."""
-    check(tensors, options)
+    tensors = stacked(tensors)
     states, norms, energy = empty_results(tensors, options)
     if states.numel() == 0 or states.shape[0] == 1:
         states.copy_(tensors.y0)
@@ -1266,7 +1248,7 @@ def saved_fake(tensors: Tensors, options: Options) -> list[Tensor]:
     """Empty tensors like what the forward saves."""
     if tensors.y0.numel() == 0 or tensors.t.shape[0] == 1:
         return []
-    p = Problem(tensors, options)
+    p = Problem(stacked(tensors), options)
     if p.piece() == p.substeps:
         sets, programs, repeats, samples = p.rows_shape(p.substeps)
         return [tensors.y0.new_empty((sets, programs, repeats * samples, p.row))]
@@ -1284,7 +1266,6 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of :func:`pykernels.ops.latent_ode.op.differentiable`; see ``op.py``."""
-    check(tensors, options)
     gradients = empty_gradients(tensors, needed)
     if states.numel() == 0 or states.shape[0] == 1:
         for gradient in gradients:
@@ -1292,30 +1273,32 @@ def backward(
         if needed[0]:
             gradients[0].copy_(grad_states.sum(0))
         return gradients
-    Backward(Problem(tensors, options), gradients, needed).run(grad_states, grad_norms, grad_energy, saved[0])
+    grad_norms = grad_norms if options.norms else None
+    grad_energy = grad_energy if options.energy != "none" else None
+    Backward(tensors, options, gradients, needed).run(grad_states, grad_norms, grad_energy, saved[0])
     return gradients
 
 
 class Backward:
     """One backward: the gradients it writes, and the pieces of the trajectory they come from."""
 
-    def __init__(self, p: Problem, gradients: list[Tensor], needed: Sequence[bool]) -> None:
-        self.p = p
-        tensors = p.tensors
-        found = [
-            g if n and t is not None else None
-            for g, n, t in zip(gradients, needed, differentiable(tensors), strict=True)
-        ]
+    def __init__(self, tensors: Tensors, options: Options, gradients: list[Tensor], needed: Sequence[bool]) -> None:
+        self.p = Problem(stacked(tensors), options)
+        wanted = zip(gradients, needed, differentiable(tensors), strict=True)
+        found = [g if need and t is not None else None for g, need, t in wanted]
         self.y0, self.t, self.slopes, self.control, self.correction_slopes, self.injected = found[:6]
+        for gradient in found[1:]:
+            if gradient is not None:
+                gradient.zero_()  # most are added to; of injected states, the last has no effect
+        if tensors.weights[0].dim() == 2:
+            shared = slice(6, 6 + 2 * len(tensors.weights))
+            found[shared] = [None if g is None else g.unsqueeze(0) for g in found[shared]]
         parts, at = [], 6
         for count in map(len, tensors[6:10]):
             parts.append(found[at : at + count])
             at += count
         self.weights, self.biases, self.correction_weights, self.correction_biases = parts
         self.of_parameters = any(g is not None for g in (self.slopes, self.correction_slopes, *found[6:]))
-        for gradient in found[1:]:
-            if gradient is not None:
-                gradient.zero_()  # some of them are added to, and nothing is written where a layer has no inputs
 
     def run(self, grad_states: Tensor, grad_norms: Tensor | None, grad_energy: Tensor | None, saved: Tensor) -> None:
         p = self.p
@@ -1408,7 +1391,8 @@ class Backward:
             z_bar, x = z_bar.flatten(1, 2), x.flatten(1, 2)
         else:
             z_bar, x = z_bar.flatten(0, 1), x.flatten(0, 1)
-        return torch.bmm(z_bar.mT, x).unflatten(0, (sets, programs))
+        product: Tensor = torch.bmm(z_bar.mT, x).unflatten(0, (sets, programs))
+        return product
 
     def _add(self, grad: Tensor, parts: Tensor, first: int, bounds: Tensor | None) -> None:
         """Add (sets, programs, ...) to a gradient, for the set of each sub-step or the group of each program."""
