@@ -17,6 +17,7 @@
 #include "causal_conv/pooled.hpp"
 #include "causal_conv/stream.hpp"
 #include "causal_conv/weight_norm.hpp"
+#include "combine.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
 #include "latent_ode.hpp"
@@ -436,5 +437,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     define_stream<double>(m, "StreamDouble");
     m.def("weight_norm_forward", &weight_norm_forward);
     m.def("weight_norm_backward", &weight_norm_backward);
+    bind_combine(m);
     bind_latent_ode(m);
 }

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -11,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/isa.hpp"
 #include "common/parallel.hpp"
 #include "latent_ode/mlp_odeint.hpp"
 
@@ -22,14 +24,18 @@ using Address = std::uintptr_t;
 using Addresses = std::vector<Address>;
 
 // Widths of the layers, sets, weights, biases, slopes, and where the gradients of these three go (0: nowhere).
-using NetworkRecord = std::tuple<std::vector<std::int64_t>, std::int64_t, Addresses, Addresses, Address, Addresses,
-                                 Addresses, Address>;
+using NetworkRecord =
+    std::tuple<std::vector<std::int64_t>, std::int64_t, Addresses, Addresses, Address, Addresses, Addresses, Address>;
 // batch, dim, control_dim, times, substeps, activation, time_input, input_map, energy, check_finite, max_memory, threads
 using Sizes = std::array<std::int64_t, 12>;
 // y0, t, control, mask, injected, group, states, norms, energy
 using Arrays = std::array<Address, 9>;
 // grad_states, grad_norms, grad_energy, and the gradients of y0, t, control, injected
 using GradientArrays = std::array<Address, 7>;
+
+// Elements in front of the tape: the number of threads and the capability that it was written with, on which its layout
+// depends.
+constexpr std::int64_t header = 16;
 
 template <class T>
 T* pointer(Address address) {
@@ -94,8 +100,8 @@ public:
                                  parts.grad_biases.data(), pointer<T>(grad_slope)});
         }
         const auto [y0, t, control, mask, injected, group, states, norms, energies] = arrays;
-        if ((group != 0) != (networks_.size() == 2) || (mask != 0) != (injected != 0) ||
-            (control != 0 && control_dim == 0))
+        const bool grouped = group != 0 || (batch == 0 && networks_.size() == 2);  // of no samples, at no address
+        if (grouped != (networks_.size() == 2) || (mask != 0) != (injected != 0) || (control != 0 && control_dim == 0))
             throw std::invalid_argument("a group needs two networks, a mask injected states");
         p_ = {batch,
               dim,
@@ -144,7 +150,7 @@ private:
 template <class T>
 std::int64_t tape(const pk::RungeKutta& method, const Sizes& sizes, double slope,
                   const std::vector<NetworkRecord>& networks, const Arrays& arrays) {
-    return pk::mlp_odeint_tape(Problem<T>(method, sizes, slope, networks, arrays).get());
+    return header + pk::mlp_odeint_tape(Problem<T>(method, sizes, slope, networks, arrays).get());
 }
 
 template <class T>
@@ -155,23 +161,34 @@ std::pair<std::int64_t, std::int64_t> forward(const pk::RungeKutta& method, cons
     const py::gil_scoped_release release;
     const pk::MLPOdeint<T>& p = problem.get();
     pk::expect_writes(p.states, static_cast<std::size_t>(p.times * p.batch * p.dim) * sizeof(T));
-    const pk::Divergence divergence = pk::mlp_odeint_forward(p, pointer<T>(tape));
+    T* const begin = pointer<T>(tape);
+    if (begin != nullptr) {
+        std::fill_n(begin, header, T(0));
+        begin[0] = static_cast<T>(pk::usable_threads(p.threads));
+        begin[1] = static_cast<T>(pk::active_isa());
+    }
+    const pk::Divergence divergence = pk::mlp_odeint_forward(p, begin == nullptr ? nullptr : begin + header);
     return {divergence.step, divergence.sample};
 }
 
 template <class T>
 void backward(const pk::RungeKutta& method, const Sizes& sizes, double slope,
-              const std::vector<NetworkRecord>& networks, const Arrays& arrays, Address tape, std::int64_t tape_elements,
-              const GradientArrays& gradients) {
-    const Problem<T> problem(method, sizes, slope, networks, arrays);
+              const std::vector<NetworkRecord>& networks, const Arrays& arrays, Address tape,
+              std::int64_t tape_elements, const GradientArrays& gradients) {
+    const T* const begin = pointer<const T>(tape);
+    Sizes as_then = sizes;  // with the forward's number of threads
+    as_then[11] = tape_elements < header || !(begin[0] >= 1 && begin[0] <= 1024) ? 0 : static_cast<int>(begin[0]);
+    const Problem<T> problem(method, as_then, slope, networks, arrays);
     const py::gil_scoped_release release;
-    if (pk::mlp_odeint_tape(problem.get()) != tape_elements)
-        throw std::invalid_argument("the tape is of another forward, or of another CPU capability");
+    const pk::MLPOdeint<T>& p = problem.get();
+    if (p.threads == 0 || begin[1] != static_cast<T>(pk::active_isa()) || p.threads != pk::usable_threads(p.threads) ||
+        tape_elements != header + pk::mlp_odeint_tape(p))
+        throw std::invalid_argument("saved is not of this forward, or of another CPU capability or process");
     const auto [states, norms, energy, y0, t, control, injected] = gradients;
-    pk::mlp_odeint_backward(problem.get(),
+    pk::mlp_odeint_backward(p,
                             {pointer<const T>(states), pointer<const T>(norms), pointer<const T>(energy),
                              pointer<T>(y0), pointer<T>(t), pointer<T>(control), pointer<T>(injected)},
-                            pointer<const T>(tape));
+                            begin + header);
 }
 
 }  // namespace

@@ -3,15 +3,20 @@
 from importlib.metadata import version as _version
 
 from pykernels import export, nn
+from pykernels._errors import FusionError
 from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
-from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint
+from pykernels.nn.fuse import fuse
+from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint, odeint, odeint_adjoint
+from pykernels.ops.latent_ode.hint import FusionHint
 
 __version__ = _version("pykernels")
 
 __all__ = [
     "ConvState",
+    "FusionError",
+    "FusionHint",
     "available_backends",
     "backend",
     "causal_conv1d",
@@ -20,7 +25,10 @@ __all__ = [
     "cpu_capability",
     "explain",
     "export",
+    "fuse",
     "mlp_odeint",
     "nn",
+    "odeint",
+    "odeint_adjoint",
     "set_cpu_capability",
 ]

@@ -98,3 +98,9 @@ def weight_norm_forward(is_double: bool, records: list[tuple[int, int, int, int,
 def weight_norm_backward(
     is_double: bool, records: list[tuple[int, int, int, int, int, int, int]], threads: int, /
 ) -> None: ...
+def ode_combine(
+    is_double: bool, n: int, y: int, k: list[int], coefficients: list[float], out: int, threads: int, /
+) -> None: ...
+def ode_combine_backward(
+    is_double: bool, n: int, grad: int, coefficients: list[float], grad_k: list[int], threads: int, /
+) -> None: ...

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """An argument or a data set that cannot be used, with what is accepted instead."""
 
 
+class FusionError(InputError):
+    """A vector field that :class:`pykernels.nn.MLPField` cannot stand for, with the module or operation that is why."""
+
+
 class MissingExtraError(ModuleNotFoundError):
     """An optional package that is not installed, with the extra that brings it."""
 

@@ -64,10 +64,10 @@ def test_tutorials_and_pictures_run(script: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_every_public_name_is_documented():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for name in pykernels.__all__:
-        assert re.search(rf"auto\w+:: pykernels\.{name}\n", text), name
-    for module in (pykernels.nn, pykernels.data):
-        assert re.search(rf"automodule:: {module.__name__}\n   :members:\n   :imported-members:", text), module
+    for module in (pykernels, pykernels.nn):
+        for name in set(module.__all__) - {"nn"}:
+            assert re.search(rf"auto\w+:: {module.__name__}\.{name}\n", text), name
+    assert re.search(r"automodule:: pykernels.data\n   :members:\n   :imported-members:", text)
     table = (DOCS / "index.rst").read_text(encoding="utf-8")
     for page in DOCS.glob("families/*.rst"):
         assert f":doc:`families/{page.stem}`" in table

@@ -107,6 +107,17 @@ PK_INLINE Vec<T> polynomial(const double (&c)[n], Vec<T> x) {
     return sum;
 }
 
+// tanh x = x P(x^2) / Q(x^2) for |x| <= 9 and +-1 beyond, in about half the time of tanh, for float: error below 6 ulp, and
+// 1 ulp in the mean. P and Q are a minimax fit with P(0) = Q(0) = 1 and a relative error of 2e-8. NaN stays NaN.
+PK_INLINE Vec<float> tanh_fast(Vec<float> x) {
+    constexpr double above[] = {1.34190115208e-8, 2.06606682723e-5, 3.49895995946e-3, 0.133839500104, 1.0};
+    constexpr double below[] = {7.80439428691e-7, 3.29097921720e-4, 2.58900693496e-2, 0.467172715090, 1.0};
+    const Vec<float> bounded = greatest(Vec<float>(-9.0f), least(Vec<float>(9.0f), x)), square = bounded * bounded;
+    const Vec<float> y = bounded * polynomial(above, square) / polynomial(below, square);
+    return greatest(Vec<float>(-1.0f), least(Vec<float>(1.0f), y));
+}
+PK_INLINE Vec<double> tanh_fast(Vec<double> x) { return tanh(x); }
+
 // Absolute error below 2 eps; NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> erf(Vec<T> x) {
@@ -192,17 +203,20 @@ PK_INLINE Vec<T> sin_shifted(Vec<T> x, T shift) {
     return sine * (Vec<T>(T(1)) - Vec<T>(T(2)) * odd * odd);
 }
 
-// Of all lanes, or, where one is too large for the reduction above or not finite, lane by lane.
+// Lanes that are too large for the reduction above, or not finite, one by one: what the others get does not depend on them.
 template <class T, bool cosine>
 PK_INLINE Vec<T> sin_or_cos(Vec<T> x) {
-    T lane[Vec<T>::lanes];
-    const Vec<T> zero(T(0)), one(T(1));
-    select_le(copysign(x, one), Vec<T>(Pi<T>::sin_limit), zero, one).store(lane);
-    T large = 0;
-    for (int i = 0; i < Vec<T>::lanes; ++i) large += lane[i];
-    if (large == 0) return sin_shifted(x, cosine ? T(0.5) : T(0));
-    x.store(lane);
-    for (int i = 0; i < Vec<T>::lanes; ++i) lane[i] = cosine ? cos_of_large(lane[i]) : sin_of_large(lane[i]);
+    T large[Vec<T>::lanes], lane[Vec<T>::lanes];
+    const Vec<T> zero(T(0)), one(T(1)), result = sin_shifted(x, cosine ? T(0.5) : T(0));
+    select_le(copysign(x, one), Vec<T>(Pi<T>::sin_limit), zero, one).store(large);
+    T any = 0;
+    for (int i = 0; i < Vec<T>::lanes; ++i) any += large[i];
+    if (any == 0) return result;
+    T argument[Vec<T>::lanes];
+    x.store(argument);
+    result.store(lane);
+    for (int i = 0; i < Vec<T>::lanes; ++i)
+        if (large[i] != 0) lane[i] = cosine ? cos_of_large(argument[i]) : sin_of_large(argument[i]);
     return Vec<T>::load(lane);
 }
 

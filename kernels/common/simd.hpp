@@ -173,6 +173,28 @@ PK_INLINE Vec<T> select_le(Vec<T> x, Vec<T> bound, Vec<T> yes, Vec<T> no) {
     return no;
 }
 
+// The smaller or larger of a and b, and b where one of them is NaN.
+#if defined(PK_PLAIN) || PK_VECTOR_BYTES == 16
+template <class T>
+PK_INLINE Vec<T> least(Vec<T> a, Vec<T> b) {
+    return select_le(b, a, b, select_le(a, b, a, b));
+}
+template <class T>
+PK_INLINE Vec<T> greatest(Vec<T> a, Vec<T> b) {
+    return select_le(a, b, b, select_le(b, a, a, b));
+}
+#elif PK_VECTOR_BYTES == 64
+PK_INLINE Vec<float> least(Vec<float> a, Vec<float> b) { return a.v = _mm512_min_ps(a.v, b.v), a; }
+PK_INLINE Vec<double> least(Vec<double> a, Vec<double> b) { return a.v = _mm512_min_pd(a.v, b.v), a; }
+PK_INLINE Vec<float> greatest(Vec<float> a, Vec<float> b) { return a.v = _mm512_max_ps(a.v, b.v), a; }
+PK_INLINE Vec<double> greatest(Vec<double> a, Vec<double> b) { return a.v = _mm512_max_pd(a.v, b.v), a; }
+#else
+PK_INLINE Vec<float> least(Vec<float> a, Vec<float> b) { return a.v = _mm256_min_ps(a.v, b.v), a; }
+PK_INLINE Vec<double> least(Vec<double> a, Vec<double> b) { return a.v = _mm256_min_pd(a.v, b.v), a; }
+PK_INLINE Vec<float> greatest(Vec<float> a, Vec<float> b) { return a.v = _mm256_max_ps(a.v, b.v), a; }
+PK_INLINE Vec<double> greatest(Vec<double> a, Vec<double> b) { return a.v = _mm256_max_pd(a.v, b.v), a; }
+#endif
+
 template <class T>
 PK_INLINE typename Vec<T>::IntStorage to_bits(Vec<T> x) {
     typename Vec<T>::IntStorage bits;

@@ -26,9 +26,9 @@ __attribute__((noinline)) void activate(T* h, T* saved, Index n, FieldActivation
         }
     };
     switch (activation) {
-        case FieldActivation::relu: return each([&](Vec<T> z) { return select_le(z, zero, zero, z); });
+        case FieldActivation::relu: return each([&](Vec<T> z) { return greatest(zero, z); });
         case FieldActivation::leaky_relu: return each([&](Vec<T> z) { return select_le(z, zero, s * z, z); });
-        case FieldActivation::tanh: return each([&](Vec<T> z) { return tanh(z); });
+        case FieldActivation::tanh: return each([&](Vec<T> z) { return tanh_fast(z); });
         case FieldActivation::softplus: return each([&](Vec<T> z) { return softplus(z); });
         case FieldActivation::silu: return each([&](Vec<T> z) { return z * sigmoid(s * z); });
         case FieldActivation::elu: return each([&](Vec<T> z) { return select_le(z, zero, s * expm1(z), z); });
@@ -45,18 +45,10 @@ __attribute__((noinline)) T activate_backward(T* grad, const T* saved, Index n, 
         for (Index i = 0; i < n; i += lanes) function(Vec<T>::load(grad + i), Vec<T>::load(saved + i)).store(grad + i);
     };
     switch (activation) {
-        case FieldActivation::relu:
-            each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, zero, g); });
-            break;
-        case FieldActivation::leaky_relu:
-            each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, s * g, g); });
-            break;
-        case FieldActivation::tanh:
-            each([&](Vec<T> g, Vec<T> h) { return g * (one - h * h); });
-            break;
-        case FieldActivation::softplus:
-            each([&](Vec<T> g, Vec<T> z) { return g * sigmoid(z); });
-            break;
+        case FieldActivation::relu: each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, zero, g); }); break;
+        case FieldActivation::leaky_relu: each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, s * g, g); }); break;
+        case FieldActivation::tanh: each([&](Vec<T> g, Vec<T> h) { return g * (one - h * h); }); break;
+        case FieldActivation::softplus: each([&](Vec<T> g, Vec<T> z) { return g * sigmoid(z); }); break;
         case FieldActivation::silu: {
             Vec<T> total(T(0));
             each([&](Vec<T> g, Vec<T> z) {
@@ -69,12 +61,8 @@ __attribute__((noinline)) T activate_backward(T* grad, const T* saved, Index n, 
             for (int i = 0; i < lanes; ++i) sum += lane[i];
             return sum;
         }
-        case FieldActivation::elu:
-            each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, g * (h + s), g); });
-            break;
-        case FieldActivation::sin:
-            each([&](Vec<T> g, Vec<T> z) { return g * cos(z); });
-            break;
+        case FieldActivation::elu: each([&](Vec<T> g, Vec<T> h) { return select_le(h, zero, g * (h + s), g); }); break;
+        case FieldActivation::sin: each([&](Vec<T> g, Vec<T> z) { return g * cos(z); }); break;
     }
     return 0;
 }
@@ -87,7 +75,7 @@ void map_input(T* out, const T* y, Index n, InputMap map) {
                               : map == InputMap::cube ? v * v * v
                               : map == InputMap::sin  ? sin(v)
                               : map == InputMap::cos  ? cos(v)
-                              : map == InputMap::tanh ? tanh(v)
+                              : map == InputMap::tanh ? tanh_fast(v)
                                                       : v;
         mapped.store(out + i);
     }
@@ -98,7 +86,7 @@ template <class T>
 void map_input_backward(T* grad, const T* y, Index n, InputMap map) {
     const Vec<T> zero(T(0)), one(T(1));
     for (Index i = 0; i < n; i += Vec<T>::lanes) {
-        const Vec<T> v = Vec<T>::load(y + i), h = tanh(v);
+        const Vec<T> v = Vec<T>::load(y + i), h = tanh_fast(v);
         const Vec<T> slope = map == InputMap::square ? Vec<T>(T(2)) * v
                              : map == InputMap::cube ? Vec<T>(T(3)) * v * v
                              : map == InputMap::sin  ? cos(v)

@@ -17,6 +17,8 @@ using Index = std::int64_t;
 
 // Evaluations times samples whose weight gradients are added at once: enough that sums are loaded and stored rarely.
 constexpr Index chunk_samples = 128;
+// Samples of a block that lies in rows, at most.
+constexpr Index most_rows = 64;
 // Products with at most so many rows of results split their sums, see common/product.hpp.
 constexpr Index split_rows = 32;
 
@@ -61,9 +63,10 @@ private:
         const Index largest = *std::max_element(counts.begin(), counts.end());
         // A thread's samples in the largest group; several groups share the threads anyway.
         const Index share = p.group == nullptr ? divide_up(p.batch, threads) : largest;
-        plan.rows = share <= plan.lanes * 5 / 8;
+        const Index in_lanes = divide_up(share, plan.lanes) * plan.lanes;
+        plan.rows = 5 * in_lanes >= 6 * share;  // lanes would compute a fifth or more for nothing
         if (plan.rows) {
-            plan.width = std::max<Index>(1, share);
+            plan.width = std::max<Index>(1, divide_up(share, divide_up(std::max<Index>(1, share), most_rows)));
         } else {
             const Index per_thread = divide_up(divide_up(largest, plan.lanes), p.group == nullptr ? threads : 1);
             plan.vectors = static_cast<int>(divide_up(per_thread, divide_up(per_thread, tile_vectors)));
@@ -115,8 +118,7 @@ private:
                 layer.forward_at = take(here.packed_set, weights(layer.in, layer.out));
                 layer.backward_at = take(here.packed_set, weights(layer.out, layer.in));
                 layer.grad_weight_at = take(here.grad_set, layer.out * plan.padded(layer.in));
-                layer.grad_bias_at =
-                    take(here.grad_set, plan.rows ? plan.padded(layer.out) : layer.out * plan.lanes);
+                layer.grad_bias_at = take(here.grad_set, plan.rows ? plan.padded(layer.out) : layer.out * plan.lanes);
                 layers.push_back(layer);
             }
             here.grad_slope_at = take(here.grad_set, net.layers);
@@ -152,7 +154,8 @@ private:
     // All records if they fit; or else states every `segment` sub-steps, and the records of one segment for each thread.
     void choose_segment(const MLPOdeint<T>& p) {
         const double step = static_cast<double>(p.method.stages * plan.record) * sizeof(T);
-        const double state = static_cast<double>(plan.extent(p.dim)) * sizeof(T), most = static_cast<double>(p.max_memory);
+        const double state = static_cast<double>(plan.extent(p.dim)) * sizeof(T),
+                     most = static_cast<double>(p.max_memory);
         plan.segment = std::max<Index>(1, plan.steps);
         if (step * static_cast<double>(plan.steps * plan.n_blocks) <= most) return;
         const double states = state * static_cast<double>(plan.n_blocks), records = step * plan.tasks;

@@ -9,7 +9,7 @@
 //   +----------+
 //
 // A block lies in memory in one of two ways. Many samples: lanes, element (feature f, sample s) at f * width + s, so that the
-// vectors run along the samples and nothing is padded but the samples. Few samples: rows, (f, s) at s * padded(f) + f, where
+// vectors run along the samples and nothing is padded but the samples. Where the samples would not fill their vectors: rows, (f, s) at s * padded(f) + f, where
 // the vectors run along the features. pykernels/ops/latent_ode/README.md derives the adjoint.
 //
 // Cost: 2 * stages * steps * samples * sum(in * out) flops forward, twice that again backward.
@@ -54,7 +54,8 @@ struct MLPOdeint {
     InputMap input_map;
     Energy energy_kind;
     bool check_finite;
-    const Network<T>* networks;  // the shared one, whose set n mod sets serves step n, and perhaps the correction of a group
+    const Network<T>*
+        networks;  // the shared one, whose set n mod sets serves step n, and perhaps the correction of a group
     int n_networks;
     const T* y0;                // (batch, dim)
     const T* t;                 // (times)

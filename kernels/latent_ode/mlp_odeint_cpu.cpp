@@ -69,7 +69,12 @@ template <class T>
 class Carrier {
 public:
     Carrier(const MLPOdeint<T>& p, const MLPPlan& plan, const T* packed, Arena<T>& arena, bool backward)
-        : p_(p), plan_(plan), packed_(packed), stages_(p.method.stages), state_(plan.extent(p.dim)) {
+        : p_(p),
+          plan_(plan),
+          packed_(packed),
+          stages_(p.method.stages),
+          state_(plan.extent(p.dim)),
+          direct_(p.input_map == InputMap::none && (!plan.rows || plan.inputs == p.dim)) {
         y_ = arena.take(state_);
         inner_ = arena.take(state_);
         control_ = arena.take(plan.extent(p.control_dim));
@@ -122,6 +127,11 @@ public:
     }
 
 private:
+    static constexpr Index padded(Index features) {
+        constexpr Index lanes = Vec<T>::lanes;  // a constant here, unlike in the plan
+        return (features + lanes - 1) / lanes * lanes;
+    }
+
     struct Step {
         Index interval, part, set;
         T size, time;
@@ -139,7 +149,7 @@ private:
 
     void begin(const SampleBlock& block) {
         block_ = block;
-        active_ = plan_.rows ? block.count * plan_.padded(p_.dim) : state_;
+        active_ = plan_.rows ? block.count * padded(p_.dim) : state_;
         reported_ = false;
     }
 
@@ -153,7 +163,7 @@ private:
     // with that.
     void load(T* out, const T* in, Index features) const {
         if (plan_.rows) {
-            const Index row = plan_.padded(features);
+            const Index row = padded(features);
             for (Index s = 0; s < block_.count; ++s) {
                 clear(out + s * row, row);
                 copy(out + s * row, in + sample(s) * features, features);
@@ -166,7 +176,7 @@ private:
         }
     }
     void store(T* out, const T* in, Index features) const {
-        const Index sample_stride = plan_.rows ? plan_.padded(features) : 1;
+        const Index sample_stride = plan_.rows ? padded(features) : 1;
         const Index feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index s = 0; s < block_.count; ++s) {
             T* to = out + sample(s) * features;
@@ -174,7 +184,7 @@ private:
         }
     }
     void add(T* out, const T* in, Index features) const {
-        const Index sample_stride = plan_.rows ? plan_.padded(features) : 1;
+        const Index sample_stride = plan_.rows ? padded(features) : 1;
         const Index feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index s = 0; s < block_.count; ++s) {
             const T* from = in + sample(s) * features;
@@ -182,11 +192,14 @@ private:
         }
     }
 
-    // sum[s] = <a, b> of each sample.
+    // sum[s] = <a, b> of each sample, added up in the same order however a block lies: the bits must not depend on that.
     void dot_samples(T* sum, const T* a, const T* b) const {
         if (plan_.rows) {
-            const Index row = plan_.padded(p_.dim);
-            for (Index s = 0; s < block_.count; ++s) sum[s] = dot(a + s * row, b + s * row, row);
+            const Index row = padded(p_.dim);
+            for (Index s = 0; s < block_.count; ++s) {
+                sum[s] = 0;
+                for (Index f = 0; f < p_.dim; ++f) sum[s] += a[s * row + f] * b[s * row + f];
+            }
             return;
         }
         clear(sum, plan_.width);
@@ -199,7 +212,7 @@ private:
     // out += scale[s] * v of each sample.
     void add_samples(T* out, const T* scale, const T* v) const {
         if (plan_.rows) {
-            const Index row = plan_.padded(p_.dim);
+            const Index row = padded(p_.dim);
             for (Index s = 0; s < block_.count; ++s) add_scaled(out + s * row, scale[s], v + s * row, row);
             return;
         }
@@ -217,7 +230,7 @@ private:
     // y = where(mask, injected, y)
     void reinject(Index interval) {
         if (p_.mask == nullptr) return;
-        const Index sample_stride = plan_.rows ? plan_.padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
+        const Index sample_stride = plan_.rows ? padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index s = 0; s < (plan_.rows ? block_.count : plan_.width); ++s) {
             if (!marked(interval, s)) continue;
             const T* from = p_.injected + (interval * p_.batch + sample(min(s, block_.count - 1))) * p_.dim;
@@ -293,7 +306,7 @@ private:
 
     void report(Index n) {
         reported_ = true;
-        const Index sample_stride = plan_.rows ? plan_.padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
+        const Index sample_stride = plan_.rows ? padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
         Index worst = -1;
         for (Index s = 0; s < block_.count; ++s)
             for (Index f = 0; f < p_.dim; ++f)
@@ -306,10 +319,9 @@ private:
 
     // k = field(time, y + sum_j factor[j] used[j])
     void evaluate(T* record, T* k, const T* factor, T* const* used, int terms, const Step& s, T time) {
-        const bool direct = p_.input_map == InputMap::none && (!plan_.rows || plan_.inputs == p_.dim);
-        T* state = direct ? record : p_.input_map == InputMap::none ? inner_ : record + plan_.state_at;
+        T* state = direct_ ? record : p_.input_map == InputMap::none ? inner_ : record + plan_.state_at;
         combine(state, y_, factor, used, terms, active_);
-        if (!direct) {
+        if (!direct_) {
             const T* mapped = state;
             if (p_.input_map != InputMap::none) {
                 map_input(inner_, state, state_, p_.input_map);
@@ -321,7 +333,7 @@ private:
         if (p_.time_input) {
             const Index f = plan_.inputs - 1;
             if (plan_.rows)
-                for (Index i = 0; i < block_.count; ++i) record[i * plan_.padded(plan_.inputs) + f] = time;
+                for (Index i = 0; i < block_.count; ++i) record[i * padded(plan_.inputs) + f] = time;
             else
                 for (Index i = 0; i < plan_.width; ++i) record[f * plan_.width + i] = time;
         }
@@ -348,7 +360,7 @@ private:
     void place(T* input, const T* block, Index at, Index features) const {
         if (!plan_.rows) return copy(input + at * plan_.width, block, features * plan_.width);
         for (Index s = 0; s < block_.count; ++s)
-            copy(input + s * plan_.padded(plan_.inputs) + at, block + s * plan_.padded(features), features);
+            copy(input + s * padded(plan_.inputs) + at, block + s * padded(features), features);
     }
 
     // out = act(W in + b), or out += W in + b
@@ -356,25 +368,16 @@ private:
                T slope) {
         const FieldActivation activation = p_.activation;
         if (plan_.rows) {
-            const StridedProduct<T> product{block_.count,
-                                            layer.in,
-                                            in,
-                                            plan_.padded(layer.in),
-                                            1,
-                                            0,
-                                            packed + layer.forward_at,
-                                            plan_.padded(layer.out),
-                                            0,
-                                            1,
-                                            out,
-                                            plan_.padded(layer.out)};
+            const StridedProduct<T> product{
+                block_.count, layer.in,         in, padded(layer.in), 1, 0, packed + layer.forward_at, 0, 0, 1,
+                out,          padded(layer.out)};
             const Start<T> start{nullptr, packed + layer.bias_at, accumulate};
-            const Index vectors = plan_.padded(layer.out) / Vec<T>::lanes;
+            const Index vectors = padded(layer.out) / Vec<T>::lanes;
             if (layer.split_forward)
                 strided_product<T, true>(product, vectors, start);
             else
                 strided_product<T, false>(product, vectors, start);
-            if (!last) activate(out, argument, block_.count * plan_.padded(layer.out), activation, slope);
+            if (!last) activate(out, argument, block_.count * padded(layer.out), activation, slope);
             return;
         }
         const PanelProduct<T> product{
@@ -392,19 +395,10 @@ private:
     void apply_transposed(const LayerPlan& layer, const T* packed, const T* delta, T* out, bool accumulate) {
         const Start<T> start{nullptr, nullptr, accumulate};
         if (plan_.rows) {
-            const StridedProduct<T> product{block_.count,
-                                            layer.out,
-                                            delta,
-                                            plan_.padded(layer.out),
-                                            1,
-                                            0,
-                                            packed + layer.backward_at,
-                                            plan_.padded(layer.in),
-                                            0,
-                                            1,
-                                            out,
-                                            plan_.padded(layer.in)};
-            const Index vectors = plan_.padded(layer.in) / Vec<T>::lanes;
+            const StridedProduct<T> product{
+                block_.count, layer.out,       delta, padded(layer.out), 1, 0, packed + layer.backward_at, 0, 0, 1,
+                out,          padded(layer.in)};
+            const Index vectors = padded(layer.in) / Vec<T>::lanes;
             if (layer.split_backward)
                 strided_product<T, true>(product, vectors, start);
             else
@@ -486,7 +480,7 @@ private:
     void begin_interval(const MLPOdeintGradients<T>& g, const Step& s, Index samples) {
         if (g.grad_control != nullptr) store(g.grad_control + samples * p_.control_dim, grad_control_, p_.control_dim);
         if (p_.mask == nullptr) return;
-        const Index sample_stride = plan_.rows ? plan_.padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
+        const Index sample_stride = plan_.rows ? padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index i = 0; i < block_.count; ++i) {
             if (!marked(s.interval, i)) continue;
             for (Index f = 0; f < p_.dim; ++f) {
@@ -529,7 +523,7 @@ private:
                 const LayerPlan& layer = net.layer[l];
                 if (gradients != nullptr && !plan_.rows) {
                     T* out = transposed_ + (plan_.chunk - 1 - pending_) * plan_.transposed_record + layer.transposed_at;
-                    transpose(out, plan_.padded(layer.in), record + layer.input_at, plan_.width, layer.in, plan_.width);
+                    transpose(out, padded(layer.in), record + layer.input_at, plan_.width, layer.in, plan_.width);
                 }
                 if (l == 0) {
                     apply_transposed(layer, packed, delta + layer.delta_at, grad_input_, network > 0);
@@ -539,7 +533,7 @@ private:
                 T* grad = delta + below.delta_at;
                 apply_transposed(layer, packed, delta + layer.delta_at, grad, false);
                 const T* saved = record + (below.argument_at < 0 ? below.output_at : below.argument_at);
-                const Index n = plan_.rows ? block_.count * plan_.padded(below.out) : plan_.extent(below.out);
+                const Index n = plan_.rows ? block_.count * padded(below.out) : plan_.extent(below.out);
                 const T grad_slope = activate_backward(grad, saved, n, p_.activation, slope(network, s, l - 1));
                 if (gradients != nullptr && p_.networks[network].slope != nullptr)
                     gradients[net.grad_at + set * net.grad_set + net.grad_slope_at + l - 1] += grad_slope;
@@ -553,13 +547,11 @@ private:
         T time = 0;
         if (!plan_.rows) {
             copy(adjoint, grad_input_, state_);
-            if (p_.control_dim > 0)
-                add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
+            if (p_.control_dim > 0) add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
             if (p_.time_input)
                 for (Index i = 0; i < block_.count; ++i) time += grad_input_[(plan_.inputs - 1) * plan_.width + i];
         } else {
-            const Index row = plan_.padded(plan_.inputs), state_row = plan_.padded(p_.dim),
-                        control_row = plan_.padded(p_.control_dim);
+            const Index row = padded(plan_.inputs), state_row = padded(p_.dim), control_row = padded(p_.control_dim);
             for (Index i = 0; i < block_.count; ++i) {
                 const T* from = grad_input_ + i * row;
                 clear(adjoint + i * state_row, state_row);
@@ -585,7 +577,7 @@ private:
             for (Index l = 0; l < net.layers; ++l) {
                 const LayerPlan& layer = net.layer[l];
                 const T* delta = deltas_ + at * plan_.delta_record + layer.delta_at;
-                const Index in = plan_.padded(layer.in), out = plan_.padded(layer.out);
+                const Index in = padded(layer.in), out = padded(layer.out);
                 const T* inputs = plan_.rows ? newest_ + layer.input_at
                                              : transposed_ + at * plan_.transposed_record + layer.transposed_at;
                 const StridedProduct<T> product{layer.out,
@@ -610,11 +602,11 @@ private:
     void add_bias_gradient(T* sums, const T* delta, Index outputs, Index count) const {
         constexpr int lanes = Vec<T>::lanes;
         if (plan_.rows) {
-            for (Index f = 0; f < plan_.padded(outputs); f += lanes) {
+            for (Index f = 0; f < padded(outputs); f += lanes) {
                 Vec<T> sum = Vec<T>::load(sums + f);
                 for (Index e = 0; e < count; ++e)
                     for (Index s = 0; s < block_.count; ++s)
-                        sum = sum + Vec<T>::load(delta + e * plan_.delta_record + s * plan_.padded(outputs) + f);
+                        sum = sum + Vec<T>::load(delta + e * plan_.delta_record + s * padded(outputs) + f);
                 sum.store(sums + f);
             }
             return;
@@ -633,6 +625,7 @@ private:
     const T* packed_;
     const int stages_;
     const Index state_;  // elements of a block of states
+    const bool direct_;  // the state is the front of a network input as it is
     Index active_ = 0;   // of them, those of samples that are there, or repeated
     SampleBlock block_{};
     bool reported_ = false;
@@ -643,16 +636,29 @@ private:
     const T* newest_ = nullptr;
 };
 
-// packed[k][o] = weight[o][k], rows of `padded` elements, zero where there is no o.
+// matrix[k][j] of depth x columns, in panels as strided_product reads them; zero where there is no column. With `transposed`
+// it lies as [j][k].
 template <class T>
-void pack_transposed(T* packed, Index padded, const T* weight, Index out, Index in) {
-    constexpr int lanes = Vec<T>::lanes;
-    const Index whole_out = out / lanes * lanes, whole_in = in / lanes * lanes;
-    for (Index o = 0; o < whole_out; o += lanes)
-        transpose(packed + o, padded, weight + o * in, in, lanes, whole_in);
-    for (Index k = 0; k < in; ++k)
-        for (Index o = k < whole_in ? whole_out : 0; o < padded; ++o)
-            packed[k * padded + o] = o < out ? weight[o * in + k] : T(0);
+void pack_columns(T* packed, const T* matrix, Index depth, Index columns, bool transposed) {
+    constexpr Index lanes = Vec<T>::lanes;
+    const Index whole_depth = depth / lanes * lanes;
+    for (Index from = 0; from < columns; from += tile_vectors * lanes) {
+        const Index vectors = min(tile_vectors, divide_up(columns - from, lanes)), width = vectors * lanes;
+        for (Index j = from; j < from + width; j += lanes) {
+            T* out = packed + j - from;
+            const int valid = static_cast<int>(min(lanes, columns - j));
+            Index k = 0;
+            if (transposed && valid == lanes) {
+                transpose(out, width, matrix + j * depth, depth, lanes, whole_depth);
+                k = whole_depth;
+            }
+            for (; k < depth; ++k) {
+                const T* in = matrix + (transposed ? j * depth + k : k * columns + j);
+                load_strided(in, transposed ? depth : 1, valid).store(out + k * width);
+            }
+        }
+        packed += depth * width;
+    }
 }
 
 template <class T>
@@ -672,12 +678,12 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     const T* weight = source.weight[l] + set * layer.out * layer.in;
     const T* bias = source.bias[l] + set * layer.out;
     T* packed = context.packed + net.packed_at + set * net.packed_set;
-    const Index out = plan.padded(layer.out), in = plan.padded(layer.in);
+    const Index out = plan.padded(layer.out);
     if (context.forward) {
         clear(packed + layer.bias_at, out);
         copy(packed + layer.bias_at, bias, layer.out);
         if (plan.rows)
-            pack_transposed(packed + layer.forward_at, out, weight, layer.out, layer.in);
+            pack_columns(packed + layer.forward_at, weight, layer.in, layer.out, true);
         else
             pack_panels(packed + layer.forward_at, weight, layer.out, layer.in, layer.in, 1, plan.vectors,
                         layer.split_forward);
@@ -686,11 +692,7 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     if (!plan.rows)
         return pack_panels(packed + layer.backward_at, weight, layer.in, layer.out, 1, layer.in, plan.vectors,
                            layer.split_backward);
-    for (Index o = 0; o < layer.out; ++o) {
-        T* row = packed + layer.backward_at + o * in;
-        clear(row, in);
-        copy(row, weight + o * layer.in, layer.in);
-    }
+    pack_columns(packed + layer.backward_at, weight, layer.out, layer.in, false);
 }
 
 // The layer of a network and set, and which of `parts` of it, that a task is about.
@@ -741,7 +743,8 @@ template <class T>
 Index workspace(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward) {
     Arena<T> arena(nullptr);
     const Carrier<T> carrier(p, plan, nullptr, arena, backward);
-    return arena.used() + (backward ? aligned<T>(plan.gradients) + 2 * aligned<double>(plan.steps) * 8 / Index(sizeof(T)) : 0);
+    return arena.used() +
+           (backward ? aligned<T>(plan.gradients) + 2 * aligned<double>(plan.steps) * 8 / Index(sizeof(T)) : 0);
 }
 
 template <class T>
@@ -789,7 +792,7 @@ void run_task(const Run<T>& run, Index task, bool backward) {
 template <class T>
 void forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence) {
     pack(p, plan, memory, true, false);
-    const Run<T> run{&p,   &plan, nullptr, memory, memory + aligned<T>(plan.packed), workspace(p, plan, false),
+    const Run<T> run{&p,   &plan, nullptr, memory,    memory + aligned<T>(plan.packed), workspace(p, plan, false),
                      tape, false, false,   divergence};
     const auto body = [](const void* c, Index task, int) { run_task(*static_cast<const Run<T>*>(c), task, false); };
     parallel_tasks(plan.tasks, p.threads, body, &run);
@@ -899,7 +902,7 @@ void mlp_odeint_lanes(int* of_float, int* of_double) {
 }
 
 #define PK_DEFINE(T)                                                                                                  \
-    void mlp_odeint_memory(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward, Index* elements) {               \
+    void mlp_odeint_memory(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward, Index* elements) {              \
         *elements = memory_of(p, plan, backward);                                                                     \
     }                                                                                                                 \
     void mlp_odeint_forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence) { \

@@ -11,11 +11,11 @@
     void mlp_odeint_forward(const MLPOdeint<T>& p, const MLPPlan& plan, T* memory, T* tape, Divergence* divergence); \
     void mlp_odeint_backward(const MLPOdeint<T>& p, const MLPPlan& plan, const MLPOdeintGradients<T>& g, T* memory,  \
                              const T* tape);
-#define PK_DECLARE(isa)                                         \
-    namespace isa {                                             \
-    void mlp_odeint_lanes(int* of_float, int* of_double);       \
-    PK_DECLARE_TYPE(float)                                      \
-    PK_DECLARE_TYPE(double)                                     \
+#define PK_DECLARE(isa)                                   \
+    namespace isa {                                       \
+    void mlp_odeint_lanes(int* of_float, int* of_double); \
+    PK_DECLARE_TYPE(float)                                \
+    PK_DECLARE_TYPE(double)                               \
     }
 
 namespace pk {

@@ -13,10 +13,11 @@ struct SampleBlock {
 
 struct LayerPlan {
     std::int64_t in, out;
-    std::int64_t input_at, output_at;  // in a record: its input, and act of its output; the last one's output is not there
-    std::int64_t argument_at;          // in a record: the output before the activation, or -1 where not needed
-    std::int64_t delta_at;             // in a delta record: the gradient of the output before the activation
-    std::int64_t transposed_at;        // in a transposed record: the input, a row for each sample
+    std::int64_t input_at,
+        output_at;               // in a record: its input, and act of its output; the last one's output is not there
+    std::int64_t argument_at;    // in a record: the output before the activation, or -1 where not needed
+    std::int64_t delta_at;       // in a delta record: the gradient of the output before the activation
+    std::int64_t transposed_at;  // in a transposed record: the input, a row for each sample
     std::int64_t forward_at, bias_at, backward_at;  // in the packed weights of a set
     std::int64_t grad_weight_at, grad_bias_at;      // in the gradients of a set
     bool split_forward, split_backward;             // whether sums are split, see common/product.hpp
@@ -40,17 +41,15 @@ struct MLPPlan {
     int tasks;
     const NetworkPlan* networks;
     int n_networks;
-    std::int64_t inputs;  // of the networks: dim + control_dim + time
-    std::int64_t steps, segment;  // all sub-steps, and those that the tape holds at once
+    std::int64_t inputs;                      // of the networks: dim + control_dim + time
+    std::int64_t steps, segment;              // all sub-steps, and those that the tape holds at once
     std::int64_t record, stage_at, state_at;  // of a record: size, the stage k, and the state before the input map
     std::int64_t delta_record, transposed_record, chunk;  // chunk: evaluations whose weight gradients are added at once
     std::int64_t packed, gradients;                       // sizes, all networks and sets
     std::int64_t widest;                                  // of all layers, in elements of a block
 
     // Elements of a block of this many features.
-    std::int64_t extent(std::int64_t features) const {
-        return rows ? width * padded(features) : features * width;
-    }
+    std::int64_t extent(std::int64_t features) const { return rows ? width * padded(features) : features * width; }
     std::int64_t padded(std::int64_t features) const { return (features + lanes - 1) / lanes * lanes; }
     bool whole_tape() const { return segment >= steps; }
     std::int64_t segments() const { return steps == 0 ? 0 : (steps + segment - 1) / segment; }

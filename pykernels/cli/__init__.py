@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pykernels
 from pykernels._errors import InputError, MissingExtraError
-from pykernels.cli import _info, _trained, _usrl, _usrl_long
+from pykernels.cli import _info, _neural_ode, _trained, _usrl, _usrl_long
 from pykernels.cli._options import Parser
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except (InputError, MissingExtraError) as error:
+    except (InputError, MissingExtraError, FloatingPointError) as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output left: no one to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,5 +58,6 @@ def _parser() -> Parser:
     }
     _usrl.add(systems)
     _usrl_long.add(systems)
+    _neural_ode.add(systems)
     _trained.add(commands)
     return parser

@@ -20,12 +20,24 @@ from pykernels.models._run import Run, RunFolder
 class Job:
     """A command with its settings and its run.
 
+    Args:
+        args: as parsed.
+        needs_out: whether it cannot work without a run folder.
+
+    Attributes:
+        operator: whose backends ``--backend`` chooses among.
+        needs_sklearn: whether it cannot work without scikit-learn.
+
     Raises:
         InputError, MissingExtraError: if it cannot work, before anything is trained or written.
     """
 
+    operator = "causal_conv1d"
+    needs_sklearn = True
+
     def __init__(self, args: argparse.Namespace, *, needs_out: bool = False) -> None:
-        require("sklearn", "scikit-learn", "models", args.parser.prog)
+        if self.needs_sklearn:
+            require("sklearn", "scikit-learn", "models", args.parser.prog)
         if not args.quiet:
             require("tqdm", "tqdm", "models", "a progress bar (or give --quiet)")
         if args.out is not None or args.resume is not None:
@@ -34,7 +46,7 @@ class Job:
         self.settings, self.folder = settle(args, needs_out=needs_out)
         backend = getattr(self.settings, "backend", None)
         if backend is not None:
-            ok, reason = pykernels.available_backends()["causal_conv1d"][backend]
+            ok, reason = pykernels.available_backends()[self.operator][backend]
             if not ok:
                 raise InputError(f"--backend {backend}: {reason}")
 
@@ -98,3 +110,11 @@ class Job:
         if self.args.json:
             print(json.dumps(result, indent=2))
         return True
+
+
+def result_file(path: Path) -> Path:
+    """The file with the result of a run, given by its folder or by itself."""
+    if path.is_dir() and not (path / _run.RESULT).is_file():
+        resume = f"; finish it with --resume {path}" if (path / _run.CONFIG).is_file() else ""
+        raise InputError(f"{path} has no {_run.RESULT}{resume}")
+    return path / _run.RESULT if path.is_dir() else path

@@ -19,7 +19,7 @@ from pykernels import _files
 from pykernels._errors import InputError, require
 from pykernels.backends import BACKENDS
 from pykernels.cli._info import cpu_name
-from pykernels.cli._job import Job
+from pykernels.cli._job import Job, result_file
 from pykernels.cli._options import (
     REQUIRED,
     Parser,
@@ -27,7 +27,6 @@ from pykernels.cli._options import (
     package_version,
     positive,
 )
-from pykernels.models import _run
 
 if TYPE_CHECKING:
     from pykernels.data import Dataset
@@ -317,20 +316,13 @@ def _table(args: argparse.Namespace) -> int:
     require("sklearn", "scikit-learn", "models", "pykernels table usrl")
     from pykernels.models.usrl_protocols import accuracy_table, read_results, sparse_label_table
 
-    files = [_result_file(path) for path in args.runs]
+    files = [result_file(path) for path in args.runs]
     print(accuracy_table(read_results(files)), end="")
     few = [row for path in files for row in _few_labels(path)]
     if few:
         print()
         print(sparse_label_table(few), end="")
     return 0
-
-
-def _result_file(path: Path) -> Path:
-    if path.is_dir() and not (path / _run.RESULT).is_file():
-        resume = f"; finish it with --resume {path}" if (path / _run.CONFIG).is_file() else ""
-        raise InputError(f"{path} has no {_run.RESULT}{resume}")
-    return path / _run.RESULT if path.is_dir() else path
 
 
 def _few_labels(path: Path) -> list[SparseLabels]:

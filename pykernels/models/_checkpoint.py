@@ -8,9 +8,10 @@ all, which two would not be. Needs safetensors (the extra ``models``).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -91,6 +92,56 @@ def load(path: Path, kind: str) -> Checkpoint:
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, under the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+class Training(Protocol):
+    """A training that can be saved and continued."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None: ...
+
+
+def save_trainings(trainings: Sequence[Training], path: Path, kind: str, values: Mapping[str, Any]) -> None:
+    """Write trainings as they are now, with values of the caller's."""
+    states = [training.state() for training in trainings]
+    tensors = {f"{i}.{name}": t for i, (parts, _) in enumerate(states) for name, t in parts.items()}
+    save(path, kind, tensors, {"trainings": [v for _, v in states], "caller": dict(values)})
+
+
+class SavedTrainings:
+    """Trainings in a file, and ``values``, those of who saved them."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._path = path
+        self._checkpoint = load(path, kind)
+        with damage_named(path):
+            self.values: dict[str, Any] = dict(self._checkpoint.values["caller"])
+
+    def restore(self, trainings: Sequence[Training]) -> None:
+        """Bring these, made with the same arguments, to where the saved ones were.
+
+        Raises:
+            InputError: if they do not fit.
+        """
+        with damage_named(self._path):
+            states = self._checkpoint.values["trainings"]
+            if len(states) != len(trainings):
+                raise InputError(f"it holds {len(states)} trainings, where there are {len(trainings)} now")
+            for i, (training, state) in enumerate(zip(trainings, states, strict=True)):
+                training.restore(part(self._checkpoint.tensors, f"{i}."), state)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """What does not fit inside a file becomes an error that names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise InputError(f"{path} is damaged: there is no {error} in it") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # RuntimeError: load_state_dict
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _safetensors() -> Any:

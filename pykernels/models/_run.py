@@ -258,7 +258,7 @@ class Run:
                     while not training.done:
                         loss = training.step()
                         if bar is not None:
-                            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
                             bar.update()
                         if self._metrics is None:
                             continue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pykernels._errors import InputError
 from pykernels.models import _checkpoint
-from pykernels.models._checkpoint import part
+from pykernels.models._checkpoint import damage_named, part
 from pykernels.models.usrl import EncoderTraining, USRLClassifier, USRLTransformer, _check_parameters, new_svm
 
 MODEL, TRAINING = "usrl.model", "usrl.training"
@@ -72,7 +71,7 @@ class SavedModel:
         self.path = Path(path)
         self.device = device
         self._tensors, self._values = _checkpoint.load(self.path, MODEL)
-        with _damage_named(self.path):
+        with damage_named(self.path):
             self.about: dict[str, Any] = dict(self._values["about"])
             self.has_classifier: bool = self._values["classifier"] is not None
             self.normalisation: Normalisation | None = None
@@ -90,7 +89,7 @@ class SavedModel:
         if not self.has_classifier:
             raise InputError(f"{self.path} holds a transformer without a classifier; USRLTransformer.load reads it")
         transformer = self._transformer(USRLTransformer)
-        with _damage_named(self.path):
+        with damage_named(self.path):
             values = self._values["classifier"]
             model = cls(**_loaded_parameters(values["parameters"], self.device))
             arrays = {name: tensor.numpy() for name, tensor in part(self._tensors, "svm.").items()}
@@ -101,7 +100,7 @@ class SavedModel:
             return model
 
     def _transformer(self, cls: type[USRLTransformer]) -> USRLTransformer:
-        with _damage_named(self.path):
+        with damage_named(self.path):
             values = self._values["transformer"]
             model = cls(**_loaded_parameters(values["parameters"], self.device))
             negatives, dtype = _check_parameters(model)
@@ -121,32 +120,14 @@ class SavedModel:
 
 def save_trainings(trainings: Sequence[EncoderTraining], path: Path, values: Mapping[str, Any]) -> None:
     """Write trainings as they are now, with values of the caller's."""
-    states = [training.state() for training in trainings]
-    tensors = {f"{i}.{name}": t for i, (parts, _) in enumerate(states) for name, t in parts.items()}
-    _checkpoint.save(path, TRAINING, tensors, {"trainings": [v for _, v in states], "caller": dict(values)})
+    _checkpoint.save_trainings(trainings, path, TRAINING, values)
 
 
-class SavedTrainings:
-    """Trainings in a file, and ``values``, those of who saved them."""
+class SavedTrainings(_checkpoint.SavedTrainings):
+    """Trainings of encoders in a file, and ``values``, those of who saved them."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._checkpoint = _checkpoint.load(path, TRAINING)
-        with _damage_named(path):
-            self.values: dict[str, Any] = dict(self._checkpoint.values["caller"])
-
-    def restore(self, trainings: Sequence[EncoderTraining]) -> None:
-        """Bring these, made with the same arguments, to where the saved ones were.
-
-        Raises:
-            InputError: if they do not fit.
-        """
-        with _damage_named(self._path):
-            states = self._checkpoint.values["trainings"]
-            if len(states) != len(trainings):
-                raise InputError(f"it holds {len(states)} trainings, where there are {len(trainings)} now")
-            for i, (training, state) in enumerate(zip(trainings, states, strict=True)):
-                training.restore(part(self._checkpoint.tensors, f"{i}."), state)
+        super().__init__(path, TRAINING)
 
 
 def _transformer_state(model: USRLTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -269,16 +250,3 @@ def _check_svm_arrays(arrays: Arrays, n_classes: int, n_features: int) -> None:
     counts = arrays["n_support"]
     if n_classes < 2 or (counts < 0).any() or counts.sum(dtype=np.int64) != n_vectors:
         raise InputError(f"svm.n_support must add up to {n_vectors}, got {counts.tolist()}")
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """What does not fit inside a file becomes an error that names the file."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except KeyError as error:
-        raise InputError(f"{path} is damaged: there is no {error} in it") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # RuntimeError: load_state_dict
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error

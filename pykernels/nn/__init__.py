@@ -1,6 +1,7 @@
 """Drop-in layers."""
 
 from pykernels.nn.causal_conv import CausalCNNEncoder, CausalConv1d, CausalConvBlock
+from pykernels.nn.mlp_field import MLPField, Sin, Swish
 from pykernels.nn.tcn import TemporalConvNet
 
-__all__ = ["CausalCNNEncoder", "CausalConv1d", "CausalConvBlock", "TemporalConvNet"]
+__all__ = ["CausalCNNEncoder", "CausalConv1d", "CausalConvBlock", "MLPField", "Sin", "Swish", "TemporalConvNet"]

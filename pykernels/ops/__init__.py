@@ -10,7 +10,7 @@ from pykernels.ops.causal_conv import (
     causal_conv_stack,
     weight_norm,
 )
-from pykernels.ops.latent_ode import mlp_odeint
+from pykernels.ops.latent_ode import mlp_odeint, odeint, odeint_adjoint
 
 __all__ = [
     "BlockWeights",
@@ -21,5 +21,7 @@ __all__ = [
     "causal_conv_block",
     "causal_conv_stack",
     "mlp_odeint",
+    "odeint",
+    "odeint_adjoint",
     "weight_norm",
 ]

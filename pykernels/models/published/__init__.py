@@ -1,4 +1,6 @@
-"""Published test accuracies of time-series classifiers, as numbers.
+"""Published results of the systems, as numbers.
+
+Test accuracies of time-series classifiers.
 
 Source: Franceschi, Dieuleveut and Jaggi, "Unsupervised scalable representation learning for multivariate time series",
 NeurIPS 2019:
@@ -9,6 +11,13 @@ NeurIPS 2019:
 - ``usrl_lstm.csv``, the causal network beside an LSTM of two layers in its place, on 11 of the UCR data sets;
 - ``usrl_sparse_labels.csv``, classifiers trained on few labels, from the results file that the authors released;
 - ``usrl_long_series.csv``, regressors on features and on raw values of a household's electric power, on a GPU.
+
+Forecasts of the damped pendulum. Source: Yin et al., "Augmenting physical models with deep networks for complex
+dynamics forecasting" (APHYNITY), ICLR 2021, as in the theses of its authors E. de Bezenac and I. Ayed (Sorbonne
+Universite):
+
+- ``neural_ode.csv``: natural logarithm of the test mean squared error over 40 observations, mean and standard deviation
+  over runs, and the relative error of the physical parameters where a model has any.
 """
 
 from __future__ import annotations
@@ -25,6 +34,7 @@ __all__ = [
     "is_published",
     "mean_accuracy",
     "published_accuracy",
+    "published_forecast",
     "published_regression",
     "published_sparse_labels",
 ]
@@ -35,15 +45,15 @@ _NOT_AVAILABLE = ("", "X")  # the second one where the other method's authors ga
 
 
 def _rows(name: str) -> list[dict[str, str]]:
-    with (files(__name__) / f"usrl_{name}.csv").open(encoding="utf-8") as file:
+    with (files(__name__) / f"{name}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 @cache
 def _table(archive: str) -> dict[str, dict[str, str]]:
-    table = {row["dataset"]: row for row in _rows(archive)}
+    table = {row["dataset"]: row for row in _rows(f"usrl_{archive}")}
     if archive == "ucr":
-        for row in _rows("lstm"):
+        for row in _rows("usrl_lstm"):
             table[row["dataset"]]["LSTM_K5"] = row["LSTM_K5"]
     return table
 
@@ -127,7 +137,7 @@ def published_sparse_labels(dataset: str, column: str = "ours_combined") -> dict
         raise ValueError(f"column must be 'ours_combined' or 'ResNet', got {column!r}")
     return {
         int(row["labels"]): (float(row[f"{column}_mean"]), float(row[f"{column}_std"]))
-        for row in _rows("sparse_labels")
+        for row in _rows("usrl_sparse_labels")
         if row["dataset"] == dataset
     }
 
@@ -139,9 +149,22 @@ def published_regression(period: str, regressor: str) -> tuple[float, float] | N
         period: ``"day"`` or ``"quarter"``.
         regressor: on ``"features"`` or on ``"raw"`` values.
     """
-    for row in _rows("long_series"):
+    for row in _rows("usrl_long_series"):
         if (row["period"], row["regressor"]) == (period, regressor):
             return float(row["mse"]), float(row["seconds"])
+    return None
+
+
+def published_forecast(model: str, system: str = "pendulum") -> tuple[float, float] | None:
+    """Natural logarithm of the test error of a model, and its standard deviation over runs; None where there is none.
+
+    Args:
+        model: for example ``"Neural ODE"`` or ``"true ODE"``.
+        system: ``"pendulum"``.
+    """
+    for row in _rows("neural_ode"):
+        if (row["system"], row["model"]) == (system, model):
+            return float(row["log_mse"]), float(row["log_mse_std"])
     return None
 
 

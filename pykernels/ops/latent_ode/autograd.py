@@ -1,13 +1,13 @@
 """Derivatives of the compiled trajectories.
 
-First derivatives outside of transforms go through one Function around the kernels. Function transforms, forward mode and
-derivatives of derivatives run :func:`reference.solve`.
+First derivatives outside of transforms go through one Function around the kernels. Function transforms, forward mode
+and derivatives of derivatives run :func:`reference.solve`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from pykernels.ops._autograd import apply, differentiable_gradients, recording, 
 from pykernels.ops._op import unobserved
 from pykernels.ops.latent_ode import reference
 from pykernels.ops.latent_ode.op import (
-    N_TENSORS,
     backward_op,
     differentiable,
     forward_op,
@@ -26,7 +25,7 @@ from pykernels.ops.latent_ode.op import (
 )
 from pykernels.ops.latent_ode.reference import Options, Tensors
 
-Results = tuple[Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def run(tensors: Tensors, options: Options, backend: str) -> Results:
@@ -35,17 +34,19 @@ def run(tensors: Tensors, options: Options, backend: str) -> Results:
     compiling = torch.compiler.is_compiling()
     if not compiling and transforming(*inputs):
         return reference.solve(tensors, options._replace(validate=False))
-    args = (*tensors, *options, backend)
     if recording(*inputs):
-        function = MLPOdeint if compiling else EagerMLPOdeint
-        counts = tuple(len(group) for group in tensors[6:10])
-        results = apply(function, counts, *inputs, tensors.group, tensors.mask, *options, backend)
+        if compiling:
+            counts = tuple(len(group) for group in tensors[6:10])
+            results = apply(MLPOdeint, counts, *inputs, tensors.group, tensors.mask, *options, backend)
+        else:
+            results = apply(EagerMLPOdeint, Problem(tensors, options, backend), *inputs)
         return results[0], results[1], results[2]
+    if not compiling and unobserved(tensors.y0, *tensors.weights):
+        results = kernels(backend).forward(tensors, options, False)
+        return results[0], results[1], results[2]
+    args = (*tensors, *options, backend)
     if compiling:
         results = forward_op(*args)
-        return results[0], results[1], results[2]
-    if unobserved(tensors.y0, *tensors.weights):
-        results = kernels(backend).forward(tensors, options, False)
         return results[0], results[1], results[2]
     with torch._C._AutoDispatchBelowAutograd():
         results = forward_op(*args)
@@ -81,56 +82,78 @@ class MLPOdeint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        flat, states, saved = ctx.saved_tensors[: ctx.n_tensors], *_split(ctx.saved_tensors[ctx.n_tensors :])
+        flat, (states, *saved) = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
         grad_states, grad_norms, grad_energy = grads[:3]
-        unused = (None,) * (2 + len(ctx.rest))  # group, mask and options
         needed = [bool(n) for n in ctx.needs_input_grad[1 : ctx.n_tensors - 1]]
-        if grad_states is None and grad_norms is None and grad_energy is None:
-            return (None, *(None,) * len(needed), *unused)
+        unused = (None,) * (2 + len(ctx.rest))  # group, mask and options
+        if grad_states is None:
+            grad_states = torch.zeros_like(states)
         args = _regrouped(ctx.counts, (*flat, *ctx.rest))
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transforming(*grads[:3])):
-            gradients = _gradients_by_composition((grad_states, grad_norms, grad_energy), args, needed)
-        else:
-            if grad_states is None:
-                grad_states = torch.zeros_like(states)
-            found = backward_op(grad_states, grad_norms, grad_energy, states, list(saved), *args, needed)
-            gradients = [g if n else None for g, n in zip(found, needed, strict=True)]
-        return (None, *gradients, *unused)
+        found = backward_op(grad_states, grad_norms, grad_energy, states, list(saved), *args, needed)
+        return (None, *(g if n else None for g, n in zip(found, needed, strict=True)), *unused)
+
+
+class Problem(NamedTuple):
+    """A call outside of ``torch.compile``."""
+
+    tensors: Tensors
+    options: Options
+    backend: str
 
 
 class EagerMLPOdeint(torch.autograd.Function):
-    """The same with the context passed to ``forward``, which costs less per call but cannot be transformed."""
+    """The same with the context passed to ``forward``, which costs less per call but cannot be traced.
+
+    The problem is an argument beside its differentiable tensors, which torch has to see.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = MLPOdeint.forward(*inputs)
-        MLPOdeint.setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, problem: Problem, *flat: Tensor | None) -> Any:
+        tensors, options, backend = problem
+        if unobserved(tensors.y0, *tensors.weights):
+            states, norms, energy, saved = kernels(backend).forward(tensors, options, True)
+        else:
+            states, norms, energy, saved = saving_op(*tensors, *options, backend)
+        ctx.set_materialize_grads(False)
+        ctx.counts = [len(group) for group in tensors[6:10]]
+        ctx.rest = (tensors.group, tensors.mask, *options, backend)
+        ctx.save_for_backward(*flat, states, *saved)
+        return states, norms, energy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return MLPOdeint.backward(ctx, *grads)
-
-
-def _split(tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-    return tensors[0], tensors[1:]
+        n = 6 + sum(ctx.counts)
+        everything = ctx.saved_tensors
+        flat, states, saved = everything[:n], everything[n], list(everything[n + 1 :])
+        needed = ctx.needs_input_grad[1:]
+        if grads[0] is None and grads[1] is None and grads[2] is None:
+            return (None,) * (1 + n)
+        *args, backend = _regrouped(ctx.counts, (*flat, *ctx.rest))
+        tensors, options = problem(args)
+        if torch.is_grad_enabled() or transforming(*grads):
+            return None, *_gradients_by_composition(grads, tensors, options, needed)
+        grad_states = torch.zeros_like(states) if grads[0] is None else grads[0]
+        results = (grad_states, grads[1], grads[2], states, saved)
+        if unobserved(grad_states, states):
+            found = kernels(backend).backward(*results, tensors, options, needed)
+        else:
+            found = backward_op(*results, *args, backend, needed)
+            found = [g if need else None for g, need in zip(found, needed, strict=True)]
+        return None, *found
 
 
 def _gradients_by_composition(
-    grads: Sequence[Tensor | None], args: Sequence[Any], needed: Sequence[bool]
+    grads: Sequence[Tensor | None], tensors: Tensors, options: Options, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients, themselves differentiable, from the reference, which is run and recorded anew."""
-    tensors, options = problem(args[:-1])
     counts = [len(group) for group in tensors[6:10]]
     present = [i for i, g in enumerate(grads) if g is not None]
 
     def compute(*flat: Any) -> list[Tensor]:
-        again = Tensors(*_regrouped(counts, (*flat, tensors.group, tensors.mask))[:N_TENSORS])
+        again = Tensors(*_regrouped(counts, (*flat, tensors.group, tensors.mask)))
         results = reference.solve(again, options._replace(validate=False))
         return [results[i] for i in present]
 
-    given = [g for g in grads if g is not None]
     flat = differentiable(tensors)
-    return differentiable_gradients(
-        compute, given, flat, [n and t is not None for n, t in zip(needed, flat, strict=True)]
-    )
+    wanted = [n and t is not None for n, t in zip(needed, flat, strict=True)]
+    return differentiable_gradients(compute, [g for g in grads if g is not None], flat, wanted)

@@ -22,7 +22,7 @@ def products(args: Sequence[Any]) -> int:
     """Flops of the layers in one forward, from the arguments of ``pykernels::mlp_odeint``."""
     y0, t = args[:2]
     layers: list[Tensor] = [*args[_WEIGHTS], *args[_CORRECTION_WEIGHTS]]
-    per_sample = sum(w.shape[1] * w.shape[2] for w in layers)
+    per_sample = sum(w.shape[-1] * w.shape[-2] for w in layers)
     evaluations: int = max(0, t.shape[0] - 1) * args[_SUBSTEPS] * TABLEAUX[args[_METHOD]].stages
     samples: int = y0.shape[0]
     return 2 * samples * evaluations * per_sample

@@ -54,12 +54,12 @@ def mlp_odeint(
     Args:
         y0: states at the first time, shape (B, D), float32 or float64 (the reference takes any floating dtype).
         t: times (T,), at least one, strictly increasing or decreasing; converted to the dtype of y0.
-        weights: of the layers, each (out, in) as in :class:`torch.nn.Linear`, the first with D + C inputs, the last with D
-            outputs; or each (P, out, in): then sub-step n of the whole trajectory uses set n mod P, in all its stages. A
-            residual network is Euler with steps of size 1 (t = 0, P, 2P, ... and ``substeps=P``).
+        weights: of the layers, each (out, in) as in :class:`torch.nn.Linear`, the first with D + C inputs, the last
+            with D outputs; or each (P, out, in): then sub-step n of the whole trajectory uses set n mod P, in all its
+            stages. A residual network is Euler with steps of size 1 (t = 0, P, 2P, ... and ``substeps=P``).
         biases: of the layers, each (out,) or (P, out), or None for none; or None.
-        activation: between the layers: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"``, ``"silu"``, ``"elu"`` or
-            ``"sin"``.
+        activation: between the layers: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"``, ``"silu"``,
+            ``"elu"`` or ``"sin"``.
         method: ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"`` (Kutta's 3/8 rule, as torchdiffeq),
             ``"rk4_classic"`` or ``"ssp_rk3"``.
         substeps: equal steps in each interval between two times.
@@ -72,12 +72,12 @@ def mlp_odeint(
             group: weights (G, out, in), biases (G, out) or None, slope for silu (G, H'). The field is the sum of both.
         reinject: ``(mask, states)``, bool (T, B) and (T, B, D): interval i starts from
             ``where(mask[i], states[i], out[i])``, while out[i] stays the prediction (scheduled sampling).
-        reverse: integrate backwards: y0 is the state at t[-1], times, control and weight sets are flipped, and the results
-            come in the order of integration; reinject is in that order too.
-        return_residual_norms: also return (T-1, B), the sum of ``||y_{n+1} - y_n||`` over the sub-steps of each interval,
-            with subgradient 0 at 0.
-        return_energy: also return (T-1, B), the sum over the sub-steps of ``sum_i b_i ||k_i||^2``; ``"time"`` multiplies
-            each by |h|.
+        reverse: integrate backwards: y0 is the state at t[-1], times, control and weight sets are flipped, and the
+            results come in the order of integration; reinject is in that order too.
+        return_residual_norms: also return (T-1, B), the sum of ``||y_{n+1} - y_n||`` over the sub-steps of each
+            interval, with subgradient 0 at 0.
+        return_energy: also return (T-1, B), the sum over the sub-steps of ``sum_i b_i ||k_i||^2``; ``"time"``
+            multiplies each by ``|h|``.
         max_memory: bytes that the forward may keep for the backward, 512 MiB by default. What exceeds them is computed
             again, in pieces.
         validate: check that times are monotone, groups in range and states finite: True, False, or None to do so on the
@@ -87,9 +87,9 @@ def mlp_odeint(
     Returns:
         states (T, B, D), the first being y0; with norms or energy a tuple (states, norms, energy) of what is asked for.
 
-    Gradients for y0, t, weights, biases, slopes, control and injected states: exact ones of the discrete steps. Derivatives
-    of higher order, forward mode and ``torch.func`` transforms run the reference. Under ``torch.compile`` first derivatives
-    only.
+    Gradients for y0, t, weights, biases, slopes, control and injected states: exact ones of the discrete steps.
+    Derivatives of higher order, forward mode and ``torch.func`` transforms run the reference. Under ``torch.compile``
+    first derivatives only.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -150,7 +150,8 @@ def trajectory(
             ``"sin"``, ``"cos"`` or ``"tanh"``.
     """
     _check_state(y0)
-    t = _check_times(t, y0, validate)
+    reads_values = _reads_values(y0, validate)
+    t = _check_times(t, y0, reads_values)
     _check_choice(method, "method", TABLEAUX)
     _check_choice(activation, "activation", ACTIVATIONS)
     _check_choice(input_map, "input_map", INPUT_MAPS)
@@ -170,8 +171,8 @@ def trajectory(
         inputs += control.shape[2]
         if reverse:
             control = control.flip(0)
-    layers, offsets = _check_layers(weights, biases, "weights", "biases", "P", inputs, y0)
-    hidden, sets = len(layers) - 1, layers[0].shape[0]
+    layers, offsets = _check_layers(weights, biases, "weights", "biases", False, inputs, y0)
+    hidden, sets = len(layers) - 1, layers[0].shape[0] if layers[0].dim() == 3 else 1
     number, slopes = _check_slope(slope, activation, sets, hidden, y0)
     if reverse and sets > 1:
         order = [(intervals * substeps - 1 - n) % sets for n in range(sets)]
@@ -186,14 +187,14 @@ def trajectory(
         if not isinstance(correction, (tuple, list)) or len(correction) not in (2, 3):
             raise TypeError("correction must be a tuple (weights, biases) or (weights, biases, slope)")
         correction_weights, correction_biases = _check_layers(
-            correction[0], correction[1], "correction weights", "correction biases", "G", inputs, y0, stacked=True
+            correction[0], correction[1], "correction weights", "correction biases", True, inputs, y0
         )
         groups, own = correction_weights[0].shape[0], correction[2] if len(correction) == 3 else None
         if activation == "silu":
             _, correction_slopes = _check_slope(own, activation, groups, len(correction_weights) - 1, y0)
         elif own is not None:
             raise ValueError(f"a slope in correction is for silu only, got one with activation {activation!r}")
-        group = _check_group(group, groups, y0, validate)
+        group = _check_group(group, groups, y0, reads_values)
     mask = injected = None
     if reinject is not None:
         mask, injected = _check_reinject(reinject, t.shape[0], y0)
@@ -228,7 +229,7 @@ def trajectory(
         bool(return_residual_norms),
         energy,
         max_memory,
-        _reads_values(y0, validate),
+        reads_values,
     )
     states, norms, energies = select(_OPERATOR, backend, tensors, options).run(tensors, options)
     if not return_residual_norms and energy == "none":
@@ -245,7 +246,7 @@ def _check_state(y0: Tensor) -> None:
         raise ValueError(f"y0 must have shape (batch, dimensions) with at least one dimension, got {tuple(y0.shape)}")
 
 
-def _check_times(t: Tensor, y0: Tensor, validate: bool | None) -> Tensor:
+def _check_times(t: Tensor, y0: Tensor, reads_values: bool) -> Tensor:
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {type(t).__name__}")
     if not t.dtype.is_floating_point:
@@ -254,7 +255,7 @@ def _check_times(t: Tensor, y0: Tensor, validate: bool | None) -> Tensor:
         raise ValueError(f"t must have shape (times,) with at least one time, got {tuple(t.shape)}")
     if t.device != y0.device:
         raise ValueError(f"t must be on the device of y0, {y0.device}, got {t.device}")
-    if _reads_values(t, validate):
+    if reads_values:
         check_monotone(t.tolist())
     return t if t.dtype == y0.dtype else t.to(y0.dtype)
 
@@ -275,43 +276,43 @@ def _check_choice(value: Any, name: str, known: dict[str, Any]) -> None:
 
 
 def _check_layers(
-    weights: Any, biases: Any, name: str, bias_name: str, letter: str, inputs: int, y0: Tensor, stacked: bool = False
+    weights: Any, biases: Any, name: str, bias_name: str, stacked: bool, inputs: int, y0: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights (sets, out, in) and biases (sets, out), zeros where there are none."""
+    """Weights and biases, zeros where there are none. With ``stacked`` they are (G, out, in) and (G, out)."""
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) == 0:
         raise TypeError(f"{name} must be a list of at least one tensor, got {type(weights).__name__}")
     if biases is None:
         biases = [None] * len(weights)
     if isinstance(biases, Tensor) or not isinstance(biases, Sequence) or len(biases) != len(weights):
         raise ValueError(f"{bias_name} must be a list of {len(weights)} tensors, as many as {name}, or None")
-    checked_weights, checked_biases = [], []
-    sets = None
+    last, dim = len(weights) - 1, y0.shape[1]
+    dtype, device = y0.dtype, y0.device
+    checked: list[Tensor] = []
+    sets: Sequence[int] = ()
     for layer, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        _check_like(w, f"{name}[{layer}]", y0)
-        if w.dim() == 2 and not stacked:
-            w = w.unsqueeze(0)
-        if w.dim() != 3 or w.shape[0] < 1 or (sets is not None and w.shape[0] != sets):
-            shapes = f"({letter}, out, in)" if stacked else f"(out, in) or ({letter}, out, in)"
-            raise ValueError(f"{name} must all have shape {shapes}, got {tuple(w.shape)} for layer {layer}")
-        sets = w.shape[0]
-        outputs = w.shape[1] if layer < len(weights) - 1 else y0.shape[1]
-        if w.shape[2] != inputs or w.shape[1] != outputs or outputs < 1:
+        if not isinstance(w, Tensor) or w.dtype != dtype or w.device != device:
+            _check_like(w, f"{name}[{layer}]", y0)
+        shape = w.shape
+        if layer == 0:
+            sets = shape[:-2]
+        if len(shape) not in ((3,) if stacked else (2, 3)) or shape[:-2] != sets or 0 in sets:
+            shapes = "(G, out, in)" if stacked else "(out, in), or (P, out, in) with the same P"
+            raise ValueError(f"{name} must all have shape {shapes}, got {tuple(shape)} for layer {layer}")
+        outputs = shape[-2] if layer < last else dim
+        if shape[-1] != inputs or shape[-2] != outputs or outputs < 1:
             raise ValueError(
                 f"{name}[{layer}] must map {inputs} inputs to {outputs} outputs, that is have shape "
-                f"({outputs}, {inputs}), got {tuple(w.shape[1:])}"
+                f"({outputs}, {inputs}), got {tuple(shape[-2:])}"
             )
         inputs = outputs
         if b is None:
-            b = w.new_zeros(w.shape[:2])
-        else:
+            b = w.new_zeros(shape[:-1])
+        elif not isinstance(b, Tensor) or b.dtype != dtype or b.device != device:
             _check_like(b, f"{bias_name}[{layer}]", y0)
-            if b.dim() == 1 and not stacked and sets == 1:
-                b = b.unsqueeze(0)
-            if b.shape != w.shape[:2]:
-                raise ValueError(f"{bias_name}[{layer}] must have shape {tuple(w.shape[:2])}, got {tuple(b.shape)}")
-        checked_weights.append(w)
-        checked_biases.append(b)
-    return checked_weights, checked_biases
+        if b.shape != shape[:-1]:
+            raise ValueError(f"{bias_name}[{layer}] must have shape {tuple(shape[:-1])}, got {tuple(b.shape)}")
+        checked.append(b)
+    return list(weights), checked
 
 
 def _check_slope(
@@ -341,7 +342,7 @@ def _check_slope(
     return float(slope), None
 
 
-def _check_group(group: Tensor, groups: int, y0: Tensor, validate: bool | None) -> Tensor:
+def _check_group(group: Tensor, groups: int, y0: Tensor, reads_values: bool) -> Tensor:
     if not isinstance(group, Tensor):
         raise TypeError(f"group must be a tensor, got {type(group).__name__}")
     if group.dtype != torch.int64:
@@ -350,7 +351,7 @@ def _check_group(group: Tensor, groups: int, y0: Tensor, validate: bool | None) 
         raise ValueError(f"group must have shape ({y0.shape[0]},), one for each sample, got {tuple(group.shape)}")
     if group.device != y0.device:
         raise ValueError(f"group must be on the device of y0, {y0.device}, got {group.device}")
-    if _reads_values(group, validate) and len(group) > 0:
+    if reads_values and len(group) > 0:
         low, high = (int(v) for v in torch.aminmax(group))
         if low < 0 or high >= groups:
             raise ValueError(f"group must be between 0 and {groups - 1}, got {low if low < 0 else high}")
@@ -387,10 +388,18 @@ def _check_like(t: Any, name: str, y0: Tensor) -> None:
 
 
 def _reads_values(t: Tensor, validate: bool | None) -> bool:
-    """Whether to check the values of ``t``."""
+    """Whether to check values, ``t`` being one of the tensors."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return t.device.type == "cpu" if validate is None else validate
+
+
+def _run_cpu(tensors: Tensors, options: Options) -> autograd.Results:
+    return autograd.run(tensors, options, "cpu")
+
+
+def _run_triton(tensors: Tensors, options: Options) -> autograd.Results:
+    return autograd.run(tensors, options, "triton")
 
 
 def _available() -> Answer:
@@ -427,7 +436,8 @@ def _check(backend: str) -> Check:
 
     tensors = (random(5, 3), random(17, 5) / 2, random(17), random(3, 17) / 4, random(3), random(4, 5, 2))
 
-    def run(backend: str, y0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, z: Tensor) -> Tensor:
+    def run(backend: str, *tensors: Tensor) -> Tensor:
+        y0, w1, b1, w2, b2, z = tensors
         t = torch.linspace(0, 1, 5, dtype=y0.dtype, device=y0.device)
         states: Tensor = mlp_odeint(
             y0, t, [w1, w2], [b1, b2], activation="tanh", method="rk4", substeps=2, control=z, backend=backend
@@ -441,8 +451,8 @@ _OPERATOR = register(
     Operator(
         name="mlp_odeint",
         implementations={
-            "cpu": Implementation(lambda *args: autograd.run(*args, "cpu"), _cpu_can_run, _available),
-            "triton": Implementation(lambda *args: autograd.run(*args, "triton"), _triton_can_run, _triton.available),
+            "cpu": Implementation(_run_cpu, _cpu_can_run, _available),
+            "triton": Implementation(_run_triton, _triton_can_run, _triton.available),
             "reference": Implementation(reference.solve, lambda *args: YES, lambda: YES),
         },
         check=_check,

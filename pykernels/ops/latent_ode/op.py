@@ -1,14 +1,15 @@
 """Operators ``pykernels::mlp_odeint*``: schemas, shapes for tracing, and the choice of the kernels that run them.
 
-Private: :func:`pykernels.mlp_odeint` checks the arguments and adds the derivatives. A backend's kernels are a module with
-these two functions, with the tensors and options of :mod:`reference`:
+Private: :func:`pykernels.mlp_odeint` checks the arguments and adds the derivatives. A backend's kernels are a module
+with these functions of the tensors and options of :mod:`reference`:
 
 ``forward(tensors, options, save) -> (states, norms, energy, saved)``
-    states (T, B, D), norms and energy (T-1, B) or empty (0,), all contiguous. ``saved`` is a list of tensors, empty unless
-    ``save``: what the backward needs beside the states, of any form, about ``options.max_memory`` bytes at most.
-``backward(grad_states, grad_norms, grad_energy, states, saved, tensors, options, needed) -> list[Tensor]``
-    gradients of the differentiable tensors in the order of :func:`differentiable`, one after the other; one that is not
-    needed is empty (0,). grad_norms and grad_energy are None where nothing depends on them.
+    states (T, B, D), norms and energy (T-1, B), or None or empty where not asked for, all contiguous. ``saved`` is a
+    list of tensors, empty unless ``save``: what the backward needs beside the states, of any form, about
+    ``options.max_memory`` bytes at most.
+``backward(grad_states, grad_norms, grad_energy, states, saved, tensors, options, needed) -> list[Tensor | None]``
+    gradients of the differentiable tensors in the order of :func:`differentiable`, one after the other; None, or empty
+    (0,), for one that is not needed. grad_norms and grad_energy are None where nothing depends on them.
 ``saved_fake(tensors, options) -> list[Tensor]``
     empty tensors like ``saved``, for tracing.
 """
@@ -61,7 +62,7 @@ def kernels(backend: str) -> Any:
 def differentiable(tensors: Tensors) -> list[Tensor | None]:
     """What has a gradient, in the order of the gradients.
 
-    y0, t, slopes, control, correction_slopes, injected, then the weights, biases, correction weights, correction biases.
+    y0, t, slopes, control, correction_slopes, injected, then weights, biases, correction weights, correction biases.
     """
     return [
         *tensors[:6],
@@ -78,13 +79,15 @@ def problem(args: Sequence[Any]) -> tuple[Tensors, Options]:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    states, norms, energy, _ = kernels(args[-1]).forward(*problem(args[:-1]), False)
-    return states, norms, energy
+    return _saving(*args, save=False)[:3]
 
 
-def _saving(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    results: tuple[Tensor, Tensor, Tensor, list[Tensor]] = kernels(args[-1]).forward(*problem(args[:-1]), True)
-    return results
+def _saving(*args: Any, save: bool = True) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    tensors, options = problem(args[:-1])
+    _check_shapes(tensors)
+    states, norms, energy, saved = kernels(args[-1]).forward(tensors, options, save)
+    nothing = states.new_empty(0)
+    return states, nothing if norms is None else norms, nothing.clone() if energy is None else energy, saved
 
 
 def _backward(
@@ -96,10 +99,56 @@ def _backward(
     *args: Any,
 ) -> list[Tensor]:
     *args_, backend, needed = args
-    gradients: list[Tensor] = kernels(backend).backward(
-        grad_states, grad_norms, grad_energy, states, saved, *problem(args_), needed
+    tensors, options = problem(args_)
+    _check_shapes(tensors)
+    times, batch = tensors.t.shape[0], tensors.y0.shape[0]
+    for t in (states, grad_states):
+        _check(t, (times, *tensors.y0.shape), tensors.y0.dtype)
+    for grad in (grad_norms, grad_energy):
+        if grad is not None and grad.numel() > 0:
+            _check(grad, (times - 1, batch), states.dtype)
+    gradients: list[Tensor | None] = kernels(backend).backward(
+        grad_states, grad_norms, grad_energy, states, saved, tensors, options, needed
     )
-    return gradients
+    return [states.new_empty(0) if g is None else g for g in gradients]
+
+
+def _check(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t.shape != shape or t.dtype != dtype:
+        raise ValueError(
+            f"a tensor of shape {tuple(t.shape)} and dtype {t.dtype} must be {shape} and {dtype}; "
+            "call pykernels.mlp_odeint rather than the raw operator"
+        )
+
+
+def _check_shapes(tensors: Tensors) -> None:
+    """Raise unless the tensors fit together: the public function has checked more, but need not have been called."""
+    (batch, dim), times, dtype = tensors.y0.shape, tensors.t.shape[0], tensors.y0.dtype
+    _check(tensors.t, (times,), dtype)
+    features = tensors.weights[0].shape[-1]
+    if tensors.control is not None:
+        _check(tensors.control, (times - 1, batch, tensors.control.shape[2]), dtype)
+    if tensors.injected is not None and tensors.mask is not None:
+        _check(tensors.injected, (times, batch, dim), dtype)
+        _check(tensors.mask, (times, batch), torch.bool)
+    if tensors.group is not None:
+        _check(tensors.group, (batch,), torch.int64)
+    for weights, biases, slopes in (
+        (tensors.weights, tensors.biases, tensors.slopes),
+        (tensors.correction_weights, tensors.correction_biases, tensors.correction_slopes),
+    ):
+        inputs = features
+        if weights and weights[0].dim() not in ((2, 3) if weights is tensors.weights else (3,)):
+            raise ValueError(f"weights of shape {tuple(weights[0].shape)}; call pykernels.mlp_odeint instead")
+        for w, b in zip(weights, biases, strict=True):
+            sets = weights[0].shape[:-2]
+            _check(w, (*sets, w.shape[-2], inputs), dtype)
+            _check(b, (*sets, w.shape[-2]), dtype)
+            inputs = w.shape[-2]
+        if weights and inputs != dim:
+            raise ValueError(f"the networks have {inputs} outputs for {dim} dimensions")
+        if slopes is not None:
+            _check(slopes, (*(weights[0].shape[:-2] or (1,)), len(weights) - 1), dtype)
 
 
 def empty_results(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,10 +162,10 @@ def empty_results(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, T
     )
 
 
-def empty_gradients(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor]:
-    """Memory for the gradients; one that is not needed is empty."""
+def empty_gradients(tensors: Tensors, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients that are needed."""
     return [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else tensors.y0.new_empty(0)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip(differentiable(tensors), needed, strict=True)
     ]
 
@@ -134,7 +183,8 @@ def _backward_fake(
     grad_states: Tensor, grad_norms: Any, grad_energy: Any, states: Tensor, saved: Any, *args: Any
 ) -> list[Tensor]:
     *args_, _, needed = args
-    return empty_gradients(problem(args_)[0], needed)
+    gradients = empty_gradients(problem(args_)[0], needed)
+    return [states.new_empty(0) if g is None else g for g in gradients]
 
 
 implement(forward_op, _forward, _forward_fake, devices=("CPU", "CUDA"), cost=cost.forward)

@@ -30,7 +30,8 @@ class Options(NamedTuple):
         time_input: whether the last input of the networks is the time.
         input_map: a key of :data:`INPUT_MAPS`, applied to the state where it enters the networks.
         norms: whether to sum ``||y_{n+1} - y_n||`` over the sub-steps of each interval.
-        energy: ``"none"``, or the sum over sub-steps of ``sum_i b_i ||k_i||^2``: ``"plain"``, or each times |h|, ``"time"``.
+        energy: ``"none"``, or the sum over sub-steps of ``sum_i b_i ||k_i||^2``: ``"plain"``, or each times |h|:
+            ``"time"``.
         max_memory: bytes that the forward may keep for the backward; what exceeds them is computed again.
         validate: raise FloatingPointError when a state is not finite.
     """
@@ -57,8 +58,8 @@ class Tensors(NamedTuple):
         control: held over each interval (T-1, B, C), or None.
         correction_slopes: like slopes, (G, H'), or None.
         injected: states (T, B, D) that replace the marked ones, or None.
-        weights: of each layer (P, out, in); sub-step n uses set n mod P.
-        biases: (P, out).
+        weights: of each layer (P, out, in), where sub-step n uses set n mod P; or all (out, in).
+        biases: (P, out), or (out,).
         correction_weights, correction_biases: of G groups, (G, out, in) and (G, out); empty without corrections.
         group: of each sample, int64 (B,), or None.
         mask: which states are replaced, bool (T, B), or None. The last row has no effect.
@@ -76,6 +77,14 @@ class Tensors(NamedTuple):
     correction_biases: list[Tensor]
     group: Tensor | None
     mask: Tensor | None
+
+
+def stacked(tensors: Tensors) -> Tensors:
+    """The same with weights (P, out, in) and biases (P, out), views where they were (out, in)."""
+    if tensors.weights[0].dim() == 3:
+        return tensors
+    weights, biases = [w.unsqueeze(0) for w in tensors.weights], [b.unsqueeze(0) for b in tensors.biases]
+    return tensors._replace(weights=weights, biases=biases)
 
 
 #: Activations by name and their codes in kernels/latent_ode/activation.hpp.
@@ -136,7 +145,7 @@ def _network(
 
 
 def field(tensors: Tensors, options: Options, interval: int, step: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """``f(t, y)`` in sub-step ``step``, which lies in this interval."""
+    """``f(t, y)`` in sub-step ``step``, which lies in this interval; weights (P, out, in)."""
     which = step % tensors.weights[0].shape[0]
     weights, biases = [w[which] for w in tensors.weights], [b[which] for b in tensors.biases]
     slopes = None if tensors.slopes is None else tensors.slopes[which]
@@ -167,6 +176,7 @@ def solve(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         FloatingPointError: if a state is not finite and ``options.validate``.
     """
+    tensors = stacked(tensors)
     y, t = tensors.y0, tensors.t
     tableau = TABLEAUX[options.method]
     states, norms, energies = [y], [], []

@@ -1,6 +1,7 @@
 """Explicit Runge-Kutta methods as data.
 
-A step of size h from (t, y) is ``y + h sum_i b[i] k[i]`` with the stages ``k[i] = f(t + c[i] h, y + h sum_j a[i][j] k[j])``.
+A step of size h from (t, y) is ``y + h sum_i b[i] k[i]`` with the stages
+``k[i] = f(t + c[i] h, y + h sum_j a[i][j] k[j])``.
 
 Sources: Hairer, Norsett and Wanner, "Solving ordinary differential equations I", section II.1; ssp_rk3: Shu and Osher,
 "Efficient implementation of essentially non-oscillatory shock-capturing schemes", J. Comput. Phys. 77 (1988).
