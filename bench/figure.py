@@ -1,4 +1,4 @@
-"""The README's figure, from a results file: ``python bench/figure.py bench/results/cpu.json``."""
+"""The README's figure, from a results file: ``python bench/figure.py bench/results/causal_conv.json``."""
 
 from __future__ import annotations
 

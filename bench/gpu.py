@@ -20,7 +20,7 @@ from gpu_cases import Case, Limits, judge, relative_error, table, wrong_results
 from measure import machine
 
 #: One module for each family of operators, with a function ``cases`` that yields its benchmarks.
-FAMILIES = ("gpu_causal_conv",)
+FAMILIES = ("gpu_causal_conv", "gpu_latent_ode")
 
 
 def elapsed(run: Callable[[], Any], calls: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import relative_error
 from contenders import plain_layer, training_step
 from torch import Tensor
 
@@ -19,11 +20,6 @@ from pykernels.models._plain import PlainCausalCNNEncoder
 from pykernels.nn import CausalCNNEncoder
 
 Runs = dict[str, Callable[[], Any]]
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    """In the Euclidean norm, against float64."""
-    return float((value.double() - expected).norm() / expected.norm())
 
 
 def depthwise(backward: bool) -> tuple[Runs, dict[str, float], int]:

@@ -49,6 +49,39 @@ def test_costs_by_hand(cases, family):
     assert first.bytes_moved == 4 * (3 * 2 * 4 * 30 + 4 * 4 * 3 + 4)
 
 
+@pytest.fixture
+def trajectories(cases, monkeypatch) -> ModuleType:
+    import gpu_latent_ode
+
+    small = [
+        gpu_latent_ode.Trajectory(3, (4, 6, 4), "tanh", "rk4_classic", 5),
+        gpu_latent_ode.Trajectory(3, (5, 6, 7, 3), "relu", "euler", 2, 3),
+    ]
+    monkeypatch.setattr(gpu_latent_ode, "TRAJECTORIES", small)
+    return gpu_latent_ode
+
+
+def test_trajectories_agree_with_float64(cases, trajectories, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    found = list(trajectories.cases())
+    assert len({case.name for case in found}) == len(found) == 4
+    for case, results in zip(found, (1, 6, 1, 9), strict=True):
+        runs, expected = case.prepare("cpu")
+        assert len(expected) == results
+        assert list(runs) == ["pykernels", "eager", "compiled steps"]
+        for name, run in runs.items():
+            errors = [cases.relative_error(v, e) for v, e in zip(run(), expected, strict=True)]
+            assert cases.wrong_results({name: max(errors)}, case.dtype) == {}
+
+
+def test_costs_of_trajectories_by_hand(trajectories):
+    forward, both, controlled, _ = trajectories.cases()
+    assert forward.flops == 2 * 3 * (4 * 6 + 6 * 4) * 4 * 5
+    assert both.flops == 3 * forward.flops
+    assert forward.bytes_moved == 4 * (4 * 6 + 6 + 6 * 4 + 4 + 3 * 4 + 6 * 3 * 4)
+    assert controlled.bytes_moved == 4 * (5 * 6 + 6 + 6 * 7 + 7 + 7 * 3 + 3 + 3 * 3 + 2 * 3 * 2 + 3 * 3 * 3)
+
+
 def test_judgement(cases):
     case = cases.Case("some case", torch.float32, flops=6_000, bytes_moved=1_000, prepare=lambda device: ({}, []))
     limits = cases.Limits(1e6, {torch.float32: 3e6})

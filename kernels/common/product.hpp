@@ -184,7 +184,8 @@ void panel_product(const PanelProduct<T>& p, int vectors, const Finish& finish) 
     }
 }
 
-// A product with A where it lies, summed over several segments.
+// A product with A where it lies, summed over several segments. b_row 0: B lies in panels of tile_vectors vectors, the last
+// one perhaps narrower, each with its rows one after the other.
 template <class T>
 struct StridedProduct {
     Index rows, depth;
@@ -200,24 +201,40 @@ struct StridedProduct {
 template <class T, int MR, int NV, bool split>
 void strided_tile(const StridedProduct<T>& p, Index row, Index column, const Start<T>& start) {
     Vec<T> sum[MR][NV];
-    tile_sum<T, MR, NV, false, split>(sum, p.a + row * p.a_row, p.a_row, p.a_step, p.b + column, p.b_row, p.depth,
-                                      p.segments, p.a_segment, p.b_segment);
+    const bool panels = p.b_row == 0;
+    tile_sum<T, MR, NV, false, split>(sum, p.a + row * p.a_row, p.a_row, p.a_step,
+                                      p.b + (panels ? column * p.depth : column), panels ? NV * Vec<T>::lanes : p.b_row,
+                                      p.depth, p.segments, p.a_segment, p.b_segment);
     const Start<T> here{start.per_row == nullptr ? nullptr : start.per_row + row,
                         start.per_column == nullptr ? nullptr : start.per_column + column, start.add};
     tile_store<T, MR, NV>(sum, p.c + row * p.c_row + column, p.c_row, here);
 }
 
+// The tile of `height` rows, at most `most`.
+template <class T, int most, int NV, bool split>
+PK_INLINE void strided_tile_of(int height, const StridedProduct<T>& p, Index row, Index column, const Start<T>& start) {
+    if (height == most)
+        strided_tile<T, most, NV, split>(p, row, column, start);
+    else if constexpr (most > 1)
+        strided_tile_of<T, most - 1, NV, split>(height, p, row, column, start);
+}
+
+// Rows are divided evenly: a last tile of one row would load as much as a full one.
 template <class T, int NV, bool split>
 void strided_rows(const StridedProduct<T>& p, Index column, const Start<T>& start) {
     constexpr int most = tile_rows(NV, split) > 8 ? 8 : tile_rows(NV, split);
-    Index i = 0;
-    for (; i + most <= p.rows; i += most) strided_tile<T, most, NV, split>(p, i, column, start);
-    if constexpr (most > 4)
-        if (p.rows - i >= 4) strided_tile<T, 4, NV, split>(p, i, column, start), i += 4;
-    if constexpr (most > 2)
-        if (p.rows - i >= 2) strided_tile<T, 2, NV, split>(p, i, column, start), i += 2;
-    if constexpr (most > 1)
-        if (p.rows - i >= 1) strided_tile<T, 1, NV, split>(p, i, column, start);
+    if (p.rows <= most) {  // without divisions
+        if (p.rows > 0) strided_tile_of<T, most, NV, split>(static_cast<int>(p.rows), p, 0, column, start);
+        return;
+    }
+    const Index tiles = divide_up(p.rows, most), larger = p.rows % tiles;
+    const int height = static_cast<int>(p.rows / tiles);
+    Index row = 0;
+    for (Index i = 0; i < tiles; ++i) {
+        const int here = height + (i < larger ? 1 : 0);
+        strided_tile_of<T, most, NV, split>(here, p, row, column, start);
+        row += here;
+    }
 }
 
 // C (rows x vectors * lanes) from `start` plus the product.

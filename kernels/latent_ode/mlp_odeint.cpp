@@ -17,6 +17,8 @@ using Index = std::int64_t;
 
 // Evaluations times samples whose weight gradients are added at once: enough that sums are loaded and stored rarely.
 constexpr Index chunk_samples = 128;
+// Samples of a block that lies in rows, at most.
+constexpr Index most_rows = 64;
 // Products with at most so many rows of results split their sums, see common/product.hpp.
 constexpr Index split_rows = 32;
 
@@ -61,9 +63,10 @@ private:
         const Index largest = *std::max_element(counts.begin(), counts.end());
         // A thread's samples in the largest group; several groups share the threads anyway.
         const Index share = p.group == nullptr ? divide_up(p.batch, threads) : largest;
-        plan.rows = share <= plan.lanes * 5 / 8;
+        const Index in_lanes = divide_up(share, plan.lanes) * plan.lanes;
+        plan.rows = 5 * in_lanes >= 6 * share;  // lanes would compute a fifth or more for nothing
         if (plan.rows) {
-            plan.width = std::max<Index>(1, share);
+            plan.width = std::max<Index>(1, divide_up(share, divide_up(std::max<Index>(1, share), most_rows)));
         } else {
             const Index per_thread = divide_up(divide_up(largest, plan.lanes), p.group == nullptr ? threads : 1);
             plan.vectors = static_cast<int>(divide_up(per_thread, divide_up(per_thread, tile_vectors)));

@@ -9,7 +9,7 @@
 //   +----------+
 //
 // A block lies in memory in one of two ways. Many samples: lanes, element (feature f, sample s) at f * width + s, so that the
-// vectors run along the samples and nothing is padded but the samples. Few samples: rows, (f, s) at s * padded(f) + f, where
+// vectors run along the samples and nothing is padded but the samples. Where the samples would not fill their vectors: rows, (f, s) at s * padded(f) + f, where
 // the vectors run along the features. pykernels/ops/latent_ode/README.md derives the adjoint.
 //
 // Cost: 2 * stages * steps * samples * sum(in * out) flops forward, twice that again backward.

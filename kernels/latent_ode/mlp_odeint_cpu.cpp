@@ -73,7 +73,12 @@ template <class T>
 class Carrier {
 public:
     Carrier(const MLPOdeint<T>& p, const MLPPlan& plan, const T* packed, Arena<T>& arena, bool backward)
-        : p_(p), plan_(plan), packed_(packed), stages_(p.method.stages), state_(plan.extent(p.dim)) {
+        : p_(p),
+          plan_(plan),
+          packed_(packed),
+          stages_(p.method.stages),
+          state_(plan.extent(p.dim)),
+          direct_(p.input_map == InputMap::none && (!plan.rows || plan.inputs == p.dim)) {
         y_ = arena.take(state_);
         inner_ = arena.take(state_);
         control_ = arena.take(plan.extent(p.control_dim));
@@ -318,10 +323,9 @@ private:
 
     // k = field(time, y + sum_j factor[j] used[j])
     void evaluate(T* record, T* k, const T* factor, T* const* used, int terms, const Step& s, T time) {
-        const bool direct = p_.input_map == InputMap::none && (!plan_.rows || plan_.inputs == p_.dim);
-        T* state = direct ? record : p_.input_map == InputMap::none ? inner_ : record + plan_.state_at;
+        T* state = direct_ ? record : p_.input_map == InputMap::none ? inner_ : record + plan_.state_at;
         combine(state, y_, factor, used, terms, active_);
-        if (!direct) {
+        if (!direct_) {
             const T* mapped = state;
             if (p_.input_map != InputMap::none) {
                 map_input(inner_, state, state_, p_.input_map);
@@ -368,18 +372,9 @@ private:
                T slope) {
         const FieldActivation activation = p_.activation;
         if (plan_.rows) {
-            const StridedProduct<T> product{block_.count,
-                                            layer.in,
-                                            in,
-                                            padded(layer.in),
-                                            1,
-                                            0,
-                                            packed + layer.forward_at,
-                                            padded(layer.out),
-                                            0,
-                                            1,
-                                            out,
-                                            padded(layer.out)};
+            const StridedProduct<T> product{
+                block_.count, layer.in,         in, padded(layer.in), 1, 0, packed + layer.forward_at, 0, 0, 1,
+                out,          padded(layer.out)};
             const Start<T> start{nullptr, packed + layer.bias_at, accumulate};
             const Index vectors = padded(layer.out) / Vec<T>::lanes;
             if (layer.split_forward)
@@ -404,18 +399,9 @@ private:
     void apply_transposed(const LayerPlan& layer, const T* packed, const T* delta, T* out, bool accumulate) {
         const Start<T> start{nullptr, nullptr, accumulate};
         if (plan_.rows) {
-            const StridedProduct<T> product{block_.count,
-                                            layer.out,
-                                            delta,
-                                            padded(layer.out),
-                                            1,
-                                            0,
-                                            packed + layer.backward_at,
-                                            padded(layer.in),
-                                            0,
-                                            1,
-                                            out,
-                                            padded(layer.in)};
+            const StridedProduct<T> product{
+                block_.count, layer.out,       delta, padded(layer.out), 1, 0, packed + layer.backward_at, 0, 0, 1,
+                out,          padded(layer.in)};
             const Index vectors = padded(layer.in) / Vec<T>::lanes;
             if (layer.split_backward)
                 strided_product<T, true>(product, vectors, start);
@@ -644,6 +630,7 @@ private:
     const T* packed_;
     const int stages_;
     const Index state_;  // elements of a block of states
+    const bool direct_;  // the state is the front of a network input as it is
     Index active_ = 0;   // of them, those of samples that are there, or repeated
     SampleBlock block_{};
     bool reported_ = false;
@@ -654,15 +641,29 @@ private:
     const T* newest_ = nullptr;
 };
 
-// packed[k][o] = weight[o][k], rows of `padded` elements, zero where there is no o.
+// matrix[k][j] of depth x columns, in panels as strided_product reads them; zero where there is no column. With `transposed`
+// it lies as [j][k].
 template <class T>
-void pack_transposed(T* packed, Index padded, const T* weight, Index out, Index in) {
-    constexpr int lanes = Vec<T>::lanes;
-    const Index whole_out = out / lanes * lanes, whole_in = in / lanes * lanes;
-    for (Index o = 0; o < whole_out; o += lanes) transpose(packed + o, padded, weight + o * in, in, lanes, whole_in);
-    for (Index k = 0; k < in; ++k)
-        for (Index o = k < whole_in ? whole_out : 0; o < padded; ++o)
-            packed[k * padded + o] = o < out ? weight[o * in + k] : T(0);
+void pack_columns(T* packed, const T* matrix, Index depth, Index columns, bool transposed) {
+    constexpr Index lanes = Vec<T>::lanes;
+    const Index whole_depth = depth / lanes * lanes;
+    for (Index from = 0; from < columns; from += tile_vectors * lanes) {
+        const Index vectors = min(tile_vectors, divide_up(columns - from, lanes)), width = vectors * lanes;
+        for (Index j = from; j < from + width; j += lanes) {
+            T* out = packed + j - from;
+            const int valid = static_cast<int>(min(lanes, columns - j));
+            Index k = 0;
+            if (transposed && valid == lanes) {
+                transpose(out, width, matrix + j * depth, depth, lanes, whole_depth);
+                k = whole_depth;
+            }
+            for (; k < depth; ++k) {
+                const T* in = matrix + (transposed ? j * depth + k : k * columns + j);
+                load_strided(in, transposed ? depth : 1, valid).store(out + k * width);
+            }
+        }
+        packed += depth * width;
+    }
 }
 
 template <class T>
@@ -682,12 +683,12 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     const T* weight = source.weight[l] + set * layer.out * layer.in;
     const T* bias = source.bias[l] + set * layer.out;
     T* packed = context.packed + net.packed_at + set * net.packed_set;
-    const Index out = plan.padded(layer.out), in = plan.padded(layer.in);
+    const Index out = plan.padded(layer.out);
     if (context.forward) {
         clear(packed + layer.bias_at, out);
         copy(packed + layer.bias_at, bias, layer.out);
         if (plan.rows)
-            pack_transposed(packed + layer.forward_at, out, weight, layer.out, layer.in);
+            pack_columns(packed + layer.forward_at, weight, layer.in, layer.out, true);
         else
             pack_panels(packed + layer.forward_at, weight, layer.out, layer.in, layer.in, 1, plan.vectors,
                         layer.split_forward);
@@ -696,11 +697,7 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     if (!plan.rows)
         return pack_panels(packed + layer.backward_at, weight, layer.in, layer.out, 1, layer.in, plan.vectors,
                            layer.split_backward);
-    for (Index o = 0; o < layer.out; ++o) {
-        T* row = packed + layer.backward_at + o * in;
-        clear(row, in);
-        copy(row, weight + o * layer.in, layer.in);
-    }
+    pack_columns(packed + layer.backward_at, weight, layer.out, layer.in, false);
 }
 
 // The layer of a network and set, and which of `parts` of it, that a task is about.

@@ -132,7 +132,7 @@ def fuse(func: Callable[..., Any], example: Tensor | None = None) -> MLPField:
     if not callable(func):
         raise TypeError(f"func must be a module or a function, got {type(func).__name__}")
     try:
-        root, field = _read(func)
+        root, field = _read(func, example)
         _compare(root, field, example)
     except FusionError as error:
         raise FusionError(f"{_name(func)} cannot be fused: {error}") from error.__cause__
@@ -161,6 +161,9 @@ class _Root(nn.Module):
         super().__init__()
         self.func = func
         self.timeless = _takes_state_only(func)
+        self.asked_for_shape = False  # in any trace
+        if inspect.ismethod(func) and isinstance(func.__self__, nn.Module):
+            self.owner = func.__self__
 
     def forward(self, t: Tensor, y: Tensor) -> Any:
         return self.func(y) if self.timeless else self.func(t, y)
@@ -173,17 +176,64 @@ def _takes_state_only(func: Callable[..., Any]) -> bool:
     return len(required) == 1
 
 
+class _Input(fx.Proxy):
+    """The time or the state: its values are not known, its shape, dtype and device are those of ``like``."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, like: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.of, self.like = tracer, like
+
+    @property
+    def shape(self) -> torch.Size:
+        self.of.asked_for_shape = True
+        return self.like.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
 class _Tracer(fx.Tracer):
     """Records what the modules of torch.nn are called with, and traces through all others.
 
     While it is at work, fx diverts the module calls of all threads; those of other threads are let through.
+
+    Args:
+        state: what the state is like.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, state: Tensor) -> None:
         super().__init__()
+        self.likes = {"t": state.new_empty(()), "y": state}
+        self.asked_for_shape = False
         self.thread = threading.get_ident()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Input(node, self, self.likes[node.name]) if node.op == "placeholder" else super().proxy(node)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, nn.Parameter) and all(a is not p for p in self.root.parameters()):  # of a function's closure
+            self.root.register_parameter(f"parameter{len(self.root._parameters)}", a)
+        return super().create_arg(a)
 
     def path_of_module(self, mod: nn.Module) -> str:
         try:
@@ -212,7 +262,8 @@ class _Tracer(fx.Tracer):
 
 def _user_path(path: str) -> str:
     """The path of a module below the user's."""
-    return path.removeprefix("func").removeprefix(".")
+    head, _, rest = path.partition(".")
+    return rest if head in ("func", "owner") else path
 
 
 class _Network(NamedTuple):
@@ -225,29 +276,48 @@ class _Network(NamedTuple):
     input_map: str
 
 
-def _read(func: Callable[..., Any]) -> tuple[_Root, MLPField]:
+def _read(func: Callable[..., Any], example: Tensor | None = None) -> tuple[_Root, MLPField]:
     """The field of ``func``, and ``func`` with all modules that it uses; not compared yet.
 
     Raises:
         FusionError: if there is no such field.
     """
+    for kind in ("forward", "backward"):
+        if any(getattr(nn.modules.module, f"_global_{kind}_{hooks}") for hooks in ("hooks", "pre_hooks")):
+            raise FusionError(f"there are global {kind} hooks, which a fused trajectory would not call")
     root = _Root(func)
-    if any(getattr(nn.modules.module, f"_global_{kind}") for kind in ("forward_hooks", "forward_pre_hooks")):
-        raise FusionError("there are global forward hooks, which a fused trajectory would not call")
-    if any(getattr(nn.modules.module, f"_global_{kind}") for kind in ("backward_hooks", "backward_pre_hooks")):
-        raise FusionError("there are global backward hooks, which a fused trajectory would not call")
-    if not isinstance(func, nn.Module):
-        _trace(root)  # finds the modules of a closure
-    in_training, in_evaluation = (_read_in_mode(root, training) for training in (True, False))
-    if in_training != in_evaluation:
-        raise FusionError("its forward depends on whether it is in training mode")
+    network = _read_for_width(root, example)
     layers = [
         _linear(weight, bias) if module is None else module
-        for (weight, bias), module in zip(in_training.layers, in_training.modules, strict=True)
+        for (weight, bias), module in zip(network.layers, network.modules, strict=True)
     ]
     return root, MLPField.from_layers(
-        layers, in_training.activations, time_input=in_training.time_input, input_map=in_training.input_map
+        layers, network.activations, time_input=network.time_input, input_map=network.input_map
     )
+
+
+def _read_for_width(root: _Root, example: Tensor | None) -> _Network:
+    """The network, for states of the width that it has, which only its last layer tells."""
+    if not isinstance(root.func, nn.Module):
+        _trace(root, torch.empty(5, 1) if example is None else example)  # finds the modules of a closure
+    own = next(root.parameters(), torch.empty(0))
+    shape = (5, 1) if example is None else tuple(example.shape)
+    widths = [p.shape[0] for p in root.parameters() if p.dim() > 0]
+    failure: FusionError | None = None
+    for width in dict.fromkeys([*widths[::-1], shape[-1]] if example is None else shape[-1:]):
+        state = torch.empty(*shape[:-1], width, dtype=own.dtype, device=own.device)
+        try:
+            network, in_evaluation = (_read_in_mode(root, state, training) for training in (True, False))
+        except FusionError as error:
+            failure = failure or error
+            if root.asked_for_shape:
+                continue
+            raise
+        if network != in_evaluation:
+            raise FusionError("its forward depends on whether it is in training mode")
+        if not root.asked_for_shape or network.layers[-1][0].shape[0] == width:
+            return network
+    raise failure or FusionError("its result has not the shape of the state; give an example of one")
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -256,22 +326,23 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return layer
 
 
-def _read_in_mode(root: _Root, training: bool) -> _Network:
+def _read_in_mode(root: _Root, state: Tensor, training: bool) -> _Network:
     modes = {m: m.training for m in root.modules()}
     try:
         for m in modes:
             m.training = training
-        return _Reader(root, _trace(root)).network()
+        return _Reader(root, _trace(root, state)).network()
     finally:
         for m, mode in modes.items():
             m.training = mode
 
 
-def _trace(root: _Root) -> fx.Graph:
+def _trace(root: _Root, state: Tensor) -> fx.Graph:
+    tracer = _Tracer(state)
     rng = torch.get_rng_state()
     try:
         with _unchanged(root):
-            graph = _Tracer().trace(root)
+            graph = tracer.trace(root)
     except FusionError:
         raise
     except fx.proxy.TraceError as error:
@@ -279,6 +350,7 @@ def _trace(root: _Root) -> fx.Graph:
     except Exception as error:
         raise FusionError(f"tracing its forward failed with {type(error).__name__}: {error}") from error
     finally:
+        root.asked_for_shape |= tracer.asked_for_shape
         drawn = not torch.equal(torch.get_rng_state(), rng)
         torch.set_rng_state(rng)
     if drawn:
@@ -471,6 +543,8 @@ class _Reader:
         return True
 
     def _is_shaping(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return not isinstance(operator.attrgetter(str(node.target))(self.root), nn.Parameter)
         if node.op == "call_method":
             return node.target in _SHAPING_METHODS
         return node.op == "call_function" and node.target in _SHAPING_FUNCTIONS
@@ -580,6 +654,8 @@ class _Reader:
                 return f".{node.target}()"
             case "call_function":
                 return f"{getattr(node.target, '__name__', node.target)}()"
+            case "get_attr" if "_tensor_constant" in str(node.target):
+                return "a constant tensor"
             case "get_attr":
                 return _user_path(str(node.target))
         return "the time" if node is self.t else "the state"
@@ -608,9 +684,13 @@ def _compare(root: _Root, field: MLPField, example: Tensor | None) -> None:
         shape = _accepted_shape(root, field.dims[0], example, own)
         for _ in range(3):
             t, y, grad = random(), random(*shape), random(*shape)
-            values = {id(p): random(*p.shape) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1) for p in root.parameters()}
-            expected = _derivatives(root, t, y, grad, values, shared)
-            found = _derivatives(field, t, y, grad, values, shared)
+            values = {
+                id(p): (random(*p.shape) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1)).requires_grad_()
+                for p in root.parameters()
+            }
+            with _replaced(values, root, field):
+                wanted = [value for key, value in values.items() if key in shared]
+                expected, found = (_derivatives(module, t, y, grad, wanted) for module in (root, field))
             for name in ("value", "gradient of t", "gradient of y", *(f"gradient of {name}" for name in names)):
                 if _difference(found.pop(0), expected.pop(0)) > _TOLERANCE:
                     raise FusionError(f"the {name} is not that of an MLPField with the same layers")
@@ -636,14 +716,26 @@ def _accepted_shape(root: _Root, dim: int, example: Tensor | None, like: Tensor)
     raise FusionError(f"{'; '.join(reasons)}; give an example of a state")
 
 
-def _derivatives(
-    module: nn.Module, t: Tensor, y: Tensor, grad: Tensor, values: dict[int, Tensor], shared: set[int]
-) -> list[Tensor]:
-    """The value in float64, its gradients for t and y, and for the shared parameters in the order of ``values``."""
-    values = {key: value.clone().requires_grad_() for key, value in values.items()}
-    t, y = t.clone().requires_grad_(), y.clone().requires_grad_()
-    result = torch.func.functional_call(module, {name: values[id(p)] for name, p in module.named_parameters()}, (t, y))
-    wanted = [t, y, *(value for key, value in values.items() if key in shared)]
+@contextmanager
+def _replaced(values: dict[int, Tensor], *modules: nn.Module) -> Iterator[None]:
+    """Other values in place of the parameters with these ids.
+
+    Not by functional_call, which leaves a module that is there under two names with the other values.
+    """
+    before = {m: dict(m._parameters) for module in modules for m in module.modules()}
+    try:
+        for m, parameters in before.items():
+            m._parameters |= {name: values[id(p)] for name, p in parameters.items() if p is not None}  # type: ignore[misc]
+        yield
+    finally:
+        for m, parameters in before.items():
+            m._parameters |= parameters
+
+
+def _derivatives(module: nn.Module, t: Tensor, y: Tensor, grad: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """The value, and its gradients for t, y and these parameters."""
+    wanted = [t.clone().requires_grad_(), y.clone().requires_grad_(), *parameters]
+    result = module(*wanted[:2])
     if not result.requires_grad:
         return [result, *map(torch.zeros_like, wanted)]
     grads = torch.autograd.grad(result, wanted, grad, allow_unused=True, materialize_grads=True)

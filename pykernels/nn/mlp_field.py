@@ -355,14 +355,16 @@ class MLPField(nn.Module):
         own = type(self).forward is MLPField.forward and "forward" not in vars(self)
         if not own or self.control_dim or hook_of(self) is not None or self._obstacle() is not None:
             return NotImplemented
-        if any(parametrize.is_parametrized(layer) for layer in self.layers):  # they may change at each call
-            return NotImplemented
         if y0.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(y0.device.type):
-            return NotImplemented
-        if any(p.dtype != y0.dtype or p.device != y0.device for p in self.parameters()):
             return NotImplemented
         if y0.dim() == 0 or y0.shape[-1] != self.dims[0]:
             return NotImplemented
+        for layer in self.layers:
+            parameters = layer._parameters
+            if "weight" not in parameters or "bias" not in parameters:  # parametrized: may change at each call
+                return NotImplemented
+            if any(p is not None and (p.dtype != y0.dtype or p.device != y0.device) for p in parameters.values()):
+                return NotImplemented
         # The trajectory bounds its memory by itself, whatever checkpoint_every asks for.
         return self.trajectory(y0, t.to(y0.device), method=method, substeps=options["substeps"])
 

@@ -53,6 +53,8 @@ def test_float32_and_parameters_of_another_dtype():
     net, y0 = Net(torch.float32), random(2, 3, dtype=torch.float32)
     expected = results(torchdiffeq.odeint_adjoint, net, y0, TIMES.float(), method="rk4")
     assert_same(results(pykernels.odeint_adjoint, net, y0, TIMES.float(), method="rk4"), expected, 5e-6)
+    coarse = results(pykernels.odeint_adjoint, Net(), y0.double(), TIMES.float(), method="rk4")
+    assert [g.dtype for g in coarse[1][:2]] == [torch.float64, torch.float32]
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     states = pykernels.odeint_adjoint(
         lambda t, y: net(t, y) * scale.to(y.dtype), y0, TIMES, method="rk4", adjoint_params=[scale]

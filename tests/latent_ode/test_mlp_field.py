@@ -391,7 +391,7 @@ def test_layers_start_as_those_of_torch():
         assert (mine.bias == theirs.bias).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # by Dynamo itself
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # of torch.compile
 def test_compile_in_one_graph():
     network = sequential((2, 4, 4, 2), lambda: Swish(0.7, dtype=torch.float64), 3)
     field = MLPField.from_sequential(network, time_input=True)

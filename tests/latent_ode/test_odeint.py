@@ -13,6 +13,7 @@ import torchdiffeq
 from torch import nn
 
 import pykernels
+from pykernels.ops.latent_ode import grids
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 from .fields import OPTIONS, SHARED, TIMES, ComplexNet, Net, PairNet, assert_same, random, results
@@ -324,6 +325,14 @@ def test_bad_input(changes, error, message):
         return
     with pytest.raises(error, match=message):
         pykernels.odeint(*call, **arguments)
+
+
+@pytest.mark.parametrize("times", [[0.0, 0.7, 0.2, 1.0], [0.0, 2.0, 1.0], [1.0, 0.4, 0.4, 0.0], [0.0, math.nan, 1.0]])
+def test_times_whose_values_are_read_only_for_a_step_size_are_checked_then(times):
+    """As on a device; this is what does it, on the CPU."""
+    grid = torch.linspace(times[0], times[-1], 5)
+    with pytest.raises(ValueError, match="t must be strictly increasing or strictly decreasing"):
+        grids.locate(grid, torch.tensor(times), grid.tolist(), times)
 
 
 def test_options_of_other_methods_are_warned_of_as_in_torchdiffeq():

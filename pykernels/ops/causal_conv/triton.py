@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pykernels.ops._triton_math import sigmoid, tanh
 from pykernels.ops.causal_conv.op import empty_gradients
 from pykernels.ops.causal_conv.reference import Options
 
@@ -42,24 +43,6 @@ ACCUMULATOR = {
     torch.bfloat16: tl.float32,
 }
 OPERAND = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def tanh(z):
-    """Within a few ulp of float32 and float64; odd, at most 1, NaN for NaN."""
-    a = tl.abs(z)
-    e = tl.exp(-2.0 * a)
-    # 1 - e cancels for small a; there, the continued fraction with six levels, good to 5e-17.
-    s = tl.where(a < 0.25, a * a, 0.0)
-    small = a * (10395.0 + s * (1260.0 + s * 21.0)) / (10395.0 + s * (4725.0 + s * (210.0 + s)))
-    h = tl.where(a < 0.25, small, (1.0 - e) / (1.0 + e))
-    return tl.where(z < 0, -h, h)
-
-
-@triton.jit
-def sigmoid(z):
-    e = tl.exp(-tl.abs(z))  # never overflows
-    return tl.where(z < 0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

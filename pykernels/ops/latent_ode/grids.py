@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,11 @@ def check_times(t: Tensor) -> None:
         return
     steps = t.detach().diff()
     if not ((steps > 0).all() or (steps < 0).all()):
-        raise ValueError(f"t must be strictly increasing or strictly decreasing, got {t.detach().tolist()}")
+        raise _not_monotone(t.tolist())
+
+
+def _not_monotone(times: list[float]) -> ValueError:
+    return ValueError(f"t must be strictly increasing or strictly decreasing, got {times}")
 
 
 def equal_substeps(t: Tensor, step_size: float | Tensor | None) -> int | None:
@@ -101,8 +106,14 @@ def constructed(grid: Tensor, t: Tensor) -> Outputs:
 
 
 def locate(grid: Tensor, t: Tensor, ends: list[float], times: list[float]) -> Outputs:
-    """Where the times ``t`` lie on ``grid``; their values are ``times`` and ``ends``, and run in the same direction."""
+    """Where the times ``t`` lie on ``grid``; their values are ``times`` and ``ends``, and run in the same direction.
+
+    Raises:
+        ValueError: if ``times`` are not monotone, which has not been looked at where t is on a device.
+    """
     sign = 1.0 if times[-1] > times[0] else -1.0
+    if not all(sign * (b - a) > 0 for a, b in pairwise(times)):
+        raise _not_monotone(times)
     of_step: list[list[tuple[int, bool]]] = []
     step_of: list[int] = []
     j = 1

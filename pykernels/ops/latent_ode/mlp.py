@@ -21,6 +21,8 @@ from pykernels.ops.latent_ode.tableaux import TABLEAUX
 #: What the forward may keep for the backward by default; it computes again what exceeds that.
 DEFAULT_MAX_MEMORY = 512 << 20
 _NEGATIVE_SLOPE, _ELU_ALPHA = 0.01, 1.0
+#: Most dimensions of the state, and of control and time, that a block of samples can have in registers on a GPU.
+_TRITON_INPUTS = 1024
 
 
 def mlp_odeint(
@@ -75,7 +77,7 @@ def mlp_odeint(
         return_residual_norms: also return (T-1, B), the sum of ``||y_{n+1} - y_n||`` over the sub-steps of each
             interval, with subgradient 0 at 0.
         return_energy: also return (T-1, B), the sum over the sub-steps of ``sum_i b_i ||k_i||^2``; ``"time"``
-            multiplies each by |h|.
+            multiplies each by ``|h|``.
         max_memory: bytes that the forward may keep for the backward, 512 MiB by default. What exceeds them is computed
             again, in pieces.
         validate: check that times are monotone, groups in range and states finite: True, False, or None to do so on the
@@ -417,6 +419,12 @@ def _cpu_can_run(tensors: Tensors, options: Options) -> Answer:
 def _triton_can_run(tensors: Tensors, options: Options) -> Answer:
     if tensors.y0.dtype not in IS_DOUBLE:
         return Answer(False, f"dtype {tensors.y0.dtype} is not supported, only float32 and float64")
+    controls = 0 if tensors.control is None else tensors.control.shape[2]
+    largest = max(tensors.y0.shape[1], controls + options.time_input)
+    if largest > _TRITON_INPUTS:
+        return Answer(
+            False, f"the state or the control has {largest} dimensions, at most {_TRITON_INPUTS} are supported"
+        )
     return _triton.can_run(tensors.y0)
 
 

@@ -62,8 +62,9 @@ def odeint(
             pass: same gradients, less memory. In function transforms all states are kept.
 
     Returns:
-        The states (T, *y0.shape), or a tuple of them. Differentiable to any order with respect to y0, t and whatever
-        ``func`` depends on; in forward mode, by ``torch.func`` and inside ``torch.compile(fullgraph=True)`` too. There,
+        The states ``(T, *y0.shape)``, or a tuple of them. Differentiable to any order with respect to y0, t and
+        whatever ``func`` depends on; in forward mode, by ``torch.func`` and inside
+        ``torch.compile(fullgraph=True)`` too. There,
         ``step_size`` and ``grid_constructor`` break the graph: the number of steps depends on the values of t.
 
     Raises:

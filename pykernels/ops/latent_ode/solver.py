@@ -36,7 +36,7 @@ class Options(NamedTuple):
 def solve(
     field: Field, y0: Tensor, t: Tensor, tableau: Tableau, options: Options, callback: Callback | None = None
 ) -> Tensor:
-    """The states (T, \\*y0.shape) at the times ``t`` (T,), at least one.
+    """The states, one for each time, at the times ``t`` (T,), at least one.
 
     ``field(t, y)`` returns a tensor of the shape of y.
     """
