@@ -603,25 +603,26 @@ private:
         }
     }
 
-    // Rows: a sum for each output. Lanes: a vector for each output.
+    // Rows: a sum for each output. Lanes: a vector for each output. Those of the pending evaluations come first, since one chain
+    // of sums over all of them would be less accurate.
     void add_bias_gradient(T* sums, const T* delta, Index outputs, Index count) const {
         constexpr int lanes = Vec<T>::lanes;
         if (plan_.rows) {
             for (Index f = 0; f < padded(outputs); f += lanes) {
-                Vec<T> sum = Vec<T>::load(sums + f);
+                Vec<T> sum(T(0));
                 for (Index e = 0; e < count; ++e)
                     for (Index s = 0; s < block_.count; ++s)
                         sum = sum + Vec<T>::load(delta + e * plan_.delta_record + s * padded(outputs) + f);
-                sum.store(sums + f);
+                (Vec<T>::load(sums + f) + sum).store(sums + f);
             }
             return;
         }
         for (Index f = 0; f < outputs; ++f) {
-            Vec<T> sum = Vec<T>::load(sums + f * lanes);
+            Vec<T> sum(T(0));
             for (Index e = 0; e < count; ++e)
                 for (Index s = 0; s < plan_.width; s += lanes)
                     sum = sum + Vec<T>::load(delta + e * plan_.delta_record + f * plan_.width + s);
-            sum.store(sums + f * lanes);
+            (Vec<T>::load(sums + f * lanes) + sum).store(sums + f * lanes);
         }
     }
 

@@ -24,7 +24,7 @@ PUBLISHED = [
     Problem(batch=32, dim=20, hidden=(128, 128), times=11, substeps=5),
     Problem(batch=32, dim=20, hidden=(512, 512, 512), times=8, control=20, method="euler", activation="relu"),
 ]
-MIXED = [p for p in sample(60, seed=100) if p.activation not in ("relu", "leaky_relu")][:30]
+MIXED = [p for p in sample(40, seed=100) if p.activation not in ("relu", "leaky_relu")][:20]
 
 
 def pooled(values: list[Tensor], expected: list[Tensor]) -> float:
