@@ -25,14 +25,18 @@ private:
     Index used_ = 0;
 };
 
-// out = y + sum_j factor[j] k[j]
+// out = y + sum_j factor[j] k[j]. The sum comes first, since it is small beside y: then y is rounded once.
 template <class T>
 void combine(T* out, const T* y, const T* factor, T* const* k, int terms, Index n) {
     constexpr int lanes = Vec<T>::lanes;
+    if (terms == 0) {
+        if (out != y) copy(out, y, n);
+        return;
+    }
     for (Index i = 0; i < n; i += lanes) {
-        Vec<T> sum = Vec<T>::load(y + i);
-        for (int j = 0; j < terms; ++j) sum = sum + Vec<T>(factor[j]) * Vec<T>::load(k[j] + i);
-        sum.store(out + i);
+        Vec<T> sum = Vec<T>(factor[0]) * Vec<T>::load(k[0] + i);
+        for (int j = 1; j < terms; ++j) sum = sum + Vec<T>(factor[j]) * Vec<T>::load(k[j] + i);
+        (Vec<T>::load(y + i) + sum).store(out + i);
     }
 }
 
@@ -484,7 +488,8 @@ private:
             newest_ = record;
             if (++pending_ == plan_.chunk) flush();
         }
-        for (int i = 0; i < stages_; ++i) add_scaled(lambda_, T(1), adjoint_[i], active_);
+        constexpr T ones[most_stages] = {1, 1, 1, 1};
+        combine(lambda_, lambda_, ones, adjoint_, stages_, active_);
         if (grad_step != nullptr) {
             grad_step[n] += grad_step_here;
             grad_time[n] += grad_time_here;
@@ -616,25 +621,26 @@ private:
         }
     }
 
-    // Rows: a sum for each output. Lanes: a vector for each output.
+    // Rows: a sum for each output. Lanes: a vector for each output. Those of the pending evaluations come first, since one chain
+    // of sums over all of them would be less accurate.
     void add_bias_gradient(T* sums, const T* delta, Index outputs, Index count) const {
         constexpr int lanes = Vec<T>::lanes;
         if (plan_.rows) {
             for (Index f = 0; f < padded<T>(outputs); f += lanes) {
-                Vec<T> sum = Vec<T>::load(sums + f);
+                Vec<T> sum(T(0));
                 for (Index e = 0; e < count; ++e)
                     for (Index s = 0; s < block_.count; ++s)
                         sum = sum + Vec<T>::load(delta + e * plan_.delta_record + s * padded<T>(outputs) + f);
-                sum.store(sums + f);
+                (Vec<T>::load(sums + f) + sum).store(sums + f);
             }
             return;
         }
         for (Index f = 0; f < outputs; ++f) {
-            Vec<T> sum = Vec<T>::load(sums + f * lanes);
+            Vec<T> sum(T(0));
             for (Index e = 0; e < count; ++e)
                 for (Index s = 0; s < plan_.width; s += lanes)
                     sum = sum + Vec<T>::load(delta + e * plan_.delta_record + f * plan_.width + s);
-            sum.store(sums + f * lanes);
+            (Vec<T>::load(sums + f * lanes) + sum).store(sums + f * lanes);
         }
     }
 
