@@ -13,10 +13,8 @@ import torch
 
 import pykernels
 from pykernels import _triton
-from pykernels.backends import OPERATORS
-from pykernels.ops.latent_ode.reference import Options, Tensors
 
-from .triton_cases import OPTIONS, PIECES, SIZES, Mode, check_accuracy, check_float64
+from .triton_cases import OPTIONS, PIECES, SIZES, Mode, arguments_of, check_accuracy, check_float64
 
 pytest.importorskip("triton")
 from triton.backends import nvidia
@@ -94,7 +92,8 @@ def test_compiles_ahead_of_time(name: str, target: str, monkeypatch, tmp_path):
         launches.setdefault((kernel, str(signature), str(constants)), (kernel, arguments))
 
     monkeypatch.setattr(kernels, "launch", record)
-    tensors, options = arguments_of(mode, dtype, monkeypatch)
+    tensors, options = arguments_of(mode, dtype)
+    options = options._replace(validate=False)
     states, norms, energy, saved = kernels.forward(tensors, options, True)
     needed = [True] * (6 + sum(map(len, tensors[6:10])))
     kernels.backward(states, norms, energy, states, saved, tensors, options, needed)
@@ -114,21 +113,6 @@ def test_compiles_ahead_of_time(name: str, target: str, monkeypatch, tmp_path):
             assert int(usage.split("STACK:")[1].split()[0]) <= STACK, usage
         else:
             assert compiled.asm["cubin"]
-
-
-def arguments_of(mode: Mode, dtype: torch.dtype, monkeypatch) -> tuple[Tensors, Options]:
-    """What the public function makes of a mode's arguments."""
-    seen: list[tuple[Tensors, Options]] = []
-
-    def run(tensors: Tensors, options: Options) -> tuple[torch.Tensor, ...]:
-        seen.append((tensors, options._replace(validate=False)))
-        return (tensors.y0,) * 3
-
-    implementations = OPERATORS["mlp_odeint"].implementations
-    watched = implementations["reference"]
-    monkeypatch.setitem(implementations, "reference", type(watched)(run, watched.can_run, watched.available))
-    mode.run(mode.tensors(dtype), "reference")
-    return seen[0]
 
 
 def specialize(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from pykernels.ops.latent_ode import triton as kernels
-from pykernels.ops.latent_ode.op import saving_op
-from pykernels.ops.latent_ode.reference import Options, Tensors
+from pykernels.ops.latent_ode.op import backward_op, saving_op
 
-from .triton_cases import OPTIONS, PIECES, SIZES, Mode, check_accuracy, check_float64, error
+from .triton_cases import OPTIONS, PIECES, SIZES, Mode, arguments_of, check_accuracy, check_float64, error
 
 NAN = float("nan")
 #: Nearly every option in a narrow and a wide network.
@@ -35,12 +32,8 @@ MANY = [
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned(poisoned: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -246,21 +239,20 @@ def test_wrong_groups_do_not_reach_outside():
 
 @pytest.mark.parametrize("mode", [OPTIONS[0], *PIECES[:3], *MANY, Mode(batch=0), Mode(times=1)], ids=str)
 def test_what_is_saved_is_what_tracing_expects(mode: Mode):
-    tensors = mode.tensors(torch.float64)
-    seen: list[tuple[Tensors, Options]] = []
-    forward = kernels.forward
-
-    def watched(tensors, options, save):
-        seen.append((tensors, options))
-        return forward(tensors, options, save)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "forward", watched)
-        mode.run(tensors, "triton")
-    ((arguments, options),) = seen
-    *_, saved = saving_op(*arguments, *options, "triton")
-    expected = kernels.saved_fake(arguments, options)
+    tensors, options = arguments_of(mode, torch.float64)
+    *_, saved = saving_op(*tensors, *options, "triton")
+    expected = kernels.saved_fake(tensors, options)
     assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in expected]
+
+
+def test_raw_operators_refuse_what_was_not_saved_for_them():
+    tensors, options = arguments_of(Mode(method="euler"), torch.float64)
+    states, _, _, saved = saving_op(*tensors, *options, "triton")
+    needed = [True] * (6 + 2 * len(tensors.weights))
+    for wrong in ([], [saved[0][:, :, 1:]], saved * 2):
+        with pytest.raises(ValueError, match=r"^saved must be one tensor of shape"):
+            backward_op(states, None, None, states, wrong, *tensors, *options, "triton", needed)
+    assert len(backward_op(states, None, None, states, saved, *tensors, *options, "triton", needed)) == len(needed)
 
 
 def test_derivatives_of_derivatives():

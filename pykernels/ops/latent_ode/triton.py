@@ -39,8 +39,8 @@ from torch import Tensor
 
 from pykernels.ops._triton_math import expm1_of_negative, sigmoid, softplus, tanh
 from pykernels.ops.latent_ode import reference
-from pykernels.ops.latent_ode.op import differentiable, empty_gradients, empty_results
-from pykernels.ops.latent_ode.reference import Options, Tensors
+from pykernels.ops.latent_ode.op import empty_gradients, empty_results
+from pykernels.ops.latent_ode.reference import Options, Tensors, stacked
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 #: Programs that are enough for a GPU: blocks of samples grow beyond 16 only where that many remain.
@@ -1062,6 +1062,13 @@ class Problem:
         make = torch.empty if sets * repeats == substeps else torch.zeros
         return make((sets, programs, repeats * samples, row), dtype=self.dtype, device=self.device)
 
+    def saved_shape(self) -> tuple[int, ...]:
+        """Of what the forward keeps: all rows, or the state before each piece."""
+        if self.piece() == self.substeps:
+            sets, programs, repeats, samples = self.rows_shape(self.substeps)
+            return sets, programs, repeats * samples, self.row
+        return triton.cdiv(self.substeps, self.piece()), self.batch, self.dim
+
     def scratch(self, row: int) -> Tensor:
         """A row for each sample of a block."""
         return torch.empty((self.programs, self.block, row), dtype=self.dtype, device=self.device)
@@ -1161,14 +1168,6 @@ def blocks_of_groups(p: Problem, group: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return samples.reshape(-1), owner, bounds
 
 
-def stacked(tensors: Tensors) -> Tensors:
-    """The same with weights (P, out, in) and biases (P, out), views where they were (out, in)."""
-    if tensors.weights[0].dim() == 3:
-        return tensors
-    weights, biases = [w.unsqueeze(0) for w in tensors.weights], [b.unsqueeze(0) for b in tensors.biases]
-    return tensors._replace(weights=weights, biases=biases)
-
-
 def forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """States, norms, energy and what the backward needs; see ``op.py``."""
     tensors = stacked(tensors)
@@ -1181,7 +1180,7 @@ def forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensor, Ten
     rows = p.new_rows(p.substeps, p.row) if save and whole else None
     checkpoints = None
     if save and not whole:
-        checkpoints = states.new_empty((triton.cdiv(p.substeps, p.piece()), p.batch, p.dim))
+        checkpoints = states.new_empty(p.saved_shape())
     start = tensors.y0.resolve_neg().contiguous()
     run_forward(
         p,
@@ -1248,11 +1247,7 @@ def saved_fake(tensors: Tensors, options: Options) -> list[Tensor]:
     """Empty tensors like what the forward saves."""
     if tensors.y0.numel() == 0 or tensors.t.shape[0] == 1:
         return []
-    p = Problem(stacked(tensors), options)
-    if p.piece() == p.substeps:
-        sets, programs, repeats, samples = p.rows_shape(p.substeps)
-        return [tensors.y0.new_empty((sets, programs, repeats * samples, p.row))]
-    return [tensors.y0.new_empty((triton.cdiv(p.substeps, p.piece()), p.batch, p.dim))]
+    return [tensors.y0.new_empty(Problem(stacked(tensors), options).saved_shape())]
 
 
 def backward(
@@ -1264,32 +1259,35 @@ def backward(
     tensors: Tensors,
     options: Options,
     needed: Sequence[bool],
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """The gradients of :func:`pykernels.ops.latent_ode.op.differentiable`; see ``op.py``."""
     gradients = empty_gradients(tensors, needed)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()  # nearly all are added to
     if states.numel() == 0 or states.shape[0] == 1:
-        for gradient in gradients:
-            gradient.zero_()
-        if needed[0]:
+        if gradients[0] is not None:
             gradients[0].copy_(grad_states.sum(0))
         return gradients
+    p = Problem(stacked(tensors), options)
+    if [t.shape for t in saved] != [p.saved_shape()]:
+        raise ValueError(
+            f"saved must be one tensor of shape {p.saved_shape()}, got {[tuple(t.shape) for t in saved]}; "
+            "call pykernels.mlp_odeint rather than the raw operator"
+        )
     grad_norms = grad_norms if options.norms else None
     grad_energy = grad_energy if options.energy != "none" else None
-    Backward(tensors, options, gradients, needed).run(grad_states, grad_norms, grad_energy, saved[0])
+    Backward(p, tensors, gradients).run(grad_states, grad_norms, grad_energy, saved[0])
     return gradients
 
 
 class Backward:
     """One backward: the gradients it writes, and the pieces of the trajectory they come from."""
 
-    def __init__(self, tensors: Tensors, options: Options, gradients: list[Tensor], needed: Sequence[bool]) -> None:
-        self.p = Problem(stacked(tensors), options)
-        wanted = zip(gradients, needed, differentiable(tensors), strict=True)
-        found = [g if need and t is not None else None for g, need, t in wanted]
+    def __init__(self, p: Problem, tensors: Tensors, gradients: Sequence[Tensor | None]) -> None:
+        self.p = p
+        found = list(gradients)
         self.y0, self.t, self.slopes, self.control, self.correction_slopes, self.injected = found[:6]
-        for gradient in found[1:]:
-            if gradient is not None:
-                gradient.zero_()  # most are added to; of injected states, the last has no effect
         if tensors.weights[0].dim() == 2:
             shared = slice(6, 6 + 2 * len(tensors.weights))
             found[shared] = [None if g is None else g.unsqueeze(0) for g in found[shared]]
