@@ -190,14 +190,11 @@ def test_gpu_bits_do_not_depend_on_the_run(mode: Mode):
 def test_gpu_is_never_waited_for(mode: Mode):
     """Forward and backward can be captured into a graph, and the graph gives the same bits."""
     tensors, grads = on_gpu(mode)
-    fixed = {"group": torch.arange(mode.batch, device="cuda") % mode.groups} if mode.groups else {}
-    if mode.reinject:
-        mask = torch.rand(mode.times, mode.batch, device="cuda") < 0.4
-        fixed["reinject"] = (mask, tensors["injected"])
-    expected = mode.results(tensors, grads, "triton", **fixed)
+    choices = mode.choices("cuda")
+    expected = mode.results(tensors, grads, "triton", choices=choices)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = mode.results(tensors, grads, "triton", **fixed)
+        captured = mode.results(tensors, grads, "triton", choices=choices)
     graph.replay()
     assert all(torch.equal(captured[name], expected[name]) for name in expected)
 
@@ -218,11 +215,11 @@ def test_gpu_sizes_beyond_31_bits():
 @pytest.mark.parametrize("mode", [LARGE[0], OPTIONS[-4]], ids=str)
 def test_gpu_compile_without_graph_breaks(mode: Mode):
     tensors, grads = on_gpu(mode)
-    fixed = {"group": torch.arange(mode.batch, device="cuda") % mode.groups} if mode.groups else {}
-    eager = mode.results(tensors, grads, "triton", **fixed)
+    choices = mode.choices("cuda")
+    eager = mode.results(tensors, grads, "triton")
 
     def run(leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return mode.run(leaves, "triton", **fixed)
+        return mode.run(leaves, "triton", choices)
 
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     outputs = torch.compile(run, fullgraph=True)(leaves)

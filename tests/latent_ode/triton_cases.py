@@ -86,10 +86,20 @@ class Mode(NamedTuple):
             if keep
         ]
 
-    def run(self, tensors: Values, backend: str, **changed: Any) -> tuple[Tensor, ...]:
-        """States, and norms and energy where the mode has them."""
+    def choices(self, device: str = "cpu") -> Values:
+        """The groups of the samples, and which states are injected."""
         generator = torch.Generator().manual_seed(7)
-        device = tensors["y0"].device
+        found = {}
+        if self.groups:
+            found["group"] = torch.randint(self.groups, (self.batch,), generator=generator).to(device)
+        if self.reinject:
+            found["mask"] = (torch.rand(self.times, self.batch, generator=generator) < 0.4).to(device)
+        return found
+
+    def run(self, tensors: Values, backend: str, choices: Values | None = None, **changed: Any) -> tuple[Tensor, ...]:
+        """States, and norms and energy where the mode has them."""
+        if choices is None:
+            choices = self.choices(str(tensors["y0"].device))
         options: dict[str, Any] = {
             "activation": self.activation,
             "method": self.method,
@@ -109,10 +119,9 @@ class Mode(NamedTuple):
             if "correction slope" in tensors:
                 correction.append(tensors["correction slope"])
             options["correction"] = correction
-            options["group"] = torch.randint(self.groups, (self.batch,), generator=generator).to(device)
+            options["group"] = choices["group"]
         if self.reinject:
-            mask = torch.rand(self.times, self.batch, generator=generator) < 0.4
-            options["reinject"] = (mask.to(device), tensors["injected"])
+            options["reinject"] = (choices["mask"], tensors["injected"])
         layers = range(len(self.hidden) + 1)
         weights, biases = ([tensors[f"{kind} {i}"] for i in layers] for kind in ("weight", "bias"))
         results = trajectory(tensors["y0"], tensors["t"], weights, biases, **{**options, **changed})

@@ -86,7 +86,7 @@ def test_one_product_for_all_blocks(shape, monkeypatch):
     check_float64(Mode(batch=33, hidden=shape, sets=2, groups=2, method="euler"), "cpu")
 
 
-@pytest.mark.parametrize("mode", [*OPTIONS[1::5], *SIZES[::5], *MANY], ids=str)
+@pytest.mark.parametrize("mode", [*OPTIONS[1::5], *SIZES[::5], MANY[0]], ids=str)
 def test_accuracy(mode: Mode):
     check_accuracy(mode, "cpu", seeds=2)
 
@@ -135,8 +135,10 @@ def test_samples_do_not_depend_on_each_other():
     assert actual[0][:, 3].isnan().all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "softplus", "silu", "elu", "sin"])
-@pytest.mark.parametrize("hidden", [(7, 6), (70,)], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "hidden"),
+    [*((name, (7, 6)) for name in ("relu", "leaky_relu", "tanh", "softplus", "silu", "elu", "sin")), ("silu", (70,))],
+)
 def test_nan_reaches_what_depends_on_it_and_nothing_else(activation, hidden):
     mode = Mode(hidden=hidden, activation=activation, method="midpoint", substeps=1, norms=True, energy=True)
     tensors, grads = mode.tensors(torch.float64), mode.grads(torch.float64)
@@ -194,8 +196,8 @@ def test_only_the_gradients_that_are_needed(mode: Mode, launches):
     mode = mode._replace(times=2, substeps=1)
     tensors, grads = mode.tensors(torch.float64), mode.grads(torch.float64)
     expected = mode.results(tensors, grads, "triton")
-    parameters = ("slope", "correction slope", "weight 0", "correction bias 1")
-    for name in ("y0", "t", "control", "injected", *parameters):
+    parameters = ("slope", "weight 0", "correction bias 1")
+    for name in ("y0", "t", "injected", *parameters):
         launches.clear()
         leaves = {n: t.clone().requires_grad_(n == name) for n, t in tensors.items()}
         torch.autograd.backward(mode.run(leaves, "triton"), grads)
