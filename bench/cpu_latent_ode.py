@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import ode_pendulum
@@ -26,7 +27,7 @@ ROLLOUTS = (14, 38)
 def trajectory_cost(widths: Sequence[int], inputs: int, batch: int, evaluations: int, times: int) -> tuple[int, int]:
     """Flops of the layers, and bytes of arguments and results, of a float32 trajectory without gradients."""
     sizes = [inputs, *widths[1:]]
-    weights = sum(i * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+    weights = sum(i * o for i, o in pairwise(sizes))
     return 2 * weights * batch * evaluations, 4 * (weights + sum(sizes[1:]) + batch * inputs * times)
 
 
@@ -47,7 +48,7 @@ def bench_rollout(substeps: int, backward: bool, limits: Limits, seconds: float)
     frames, per_frame = (frames, per_frame) if extra == 0 else (substeps // 2, 2)
     widths = (dim, 512, 512, 512, dim)
     sizes = (2 * dim, *widths[1:])
-    weights = [torch.randn(o, i) * (2 / i) ** 0.5 for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    weights = [torch.randn(o, i) * (2 / i) ** 0.5 for i, o in pairwise(sizes)]
     weights[-1] *= 0.1
     tensors = [torch.randn(batch, dim), torch.randn(frames, batch, dim), *weights, *(torch.zeros(o) for o in sizes[1:])]
     layers = len(weights)

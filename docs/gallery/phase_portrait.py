@@ -23,7 +23,7 @@ TRAJECTORIES, DURATION, STEPS = 9000, 1.2, 24
 # %%
 # The network learns from whole trajectories, each predicted from its first state.
 
-data = damped_pendulum(period=6.0, seed=0)
+data = damped_pendulum(seed=0)
 torch.manual_seed(0)
 field = pykernels.nn.MLPField((2, 64, 64, 2), "silu")
 optimizer = torch.optim.Adam(field.parameters(), lr=5e-3)

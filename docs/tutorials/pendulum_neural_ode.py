@@ -21,7 +21,7 @@ import torch
 
 from pykernels.data import damped_pendulum
 
-data = damped_pendulum(period=6.0, damping=0.2, noise=0.01, seed=0)
+data = damped_pendulum(seed=0)
 print("training", data.train.shape, "test", data.test.shape)
 
 figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")

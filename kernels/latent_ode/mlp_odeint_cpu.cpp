@@ -142,8 +142,9 @@ private:
         s.interval = n / p_.substeps;
         s.part = n - s.interval * p_.substeps;
         s.set = p_.networks[0].sets == 1 ? 0 : n % p_.networks[0].sets;
-        s.size = (p_.t[s.interval + 1] - p_.t[s.interval]) / static_cast<T>(p_.substeps);
-        s.time = p_.t[s.interval] + static_cast<T>(s.part) * s.size;
+        const double begin = p_.t[s.interval], size = (p_.t[s.interval + 1] - begin) / static_cast<double>(p_.substeps);
+        s.size = static_cast<T>(size);
+        s.time = static_cast<T>(begin + static_cast<double>(s.part) * size);
         return s;
     }
 
@@ -854,7 +855,7 @@ void reduce_times(const Run<T>& run) {
             grad += time - slope;
             left += slope;
         }
-        run.g->grad_t[i] = static_cast<T>(grad);
+        run.g->grad_t[i] = grad;
     }
 }
 

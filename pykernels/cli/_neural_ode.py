@@ -60,7 +60,7 @@ def _add_settings(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     parser.add_setting("--data", group=data, choices=["pendulum"], default="pendulum", help="default: pendulum")
     for name, kind, default, text in (
-        ("--t0", positive_number, 12.0, "period of small swings; published are 12 and 6"),
+        ("--t0", positive_number, 6.0, "period of small swings; published are 6 and 12"),
         ("--damping", not_negative, 0.2, "of the pendulum"),
         ("--noise", not_negative, 0.01, "standard deviation of the noise on all observations"),
         ("--trajectories", positive, 25, "to train on, to validate with, and to test on"),

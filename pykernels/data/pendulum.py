@@ -41,7 +41,7 @@ class Pendulum:
         damping: not negative.
     """
 
-    period: float = 12.0
+    period: float = 6.0
     damping: float = 0.2
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class PendulumData:
 def damped_pendulum(
     n_trajectories: int = 25,
     *,
-    period: float = 12.0,
+    period: float = 6.0,
     damping: float = 0.2,
     n_times: int = 40,
     time_step: float = 0.5,
@@ -136,6 +136,10 @@ def damped_pendulum(
     seed: int = 0,
 ) -> PendulumData:
     """Simulate trajectories for training, validation and testing. The defaults are the published constants.
+
+    Of the two published periods, 6 in the caption of the results and 12 in the text, 6 agrees with the published error
+    of the true equation. With 12 some of the pendulums start so fast that they go over the top or come to a halt there,
+    and what they do then hangs on the noise of their first state.
 
     Every trajectory begins at a random state: the direction of a point drawn from the square [-1, 1]^2, at a distance
     from the origin that is uniform in 1.3 to 2.3.
