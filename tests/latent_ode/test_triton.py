@@ -14,7 +14,7 @@ import torch
 import pykernels
 from pykernels import _triton
 
-from .triton_cases import OPTIONS, PIECES, SIZES, Mode, arguments_of, check_accuracy, check_float64
+from .triton_cases import OPTIONS, PIECES, SIZES, Mode, arguments_of, check_accuracy, check_float64, error
 
 pytest.importorskip("triton")
 from triton.backends import nvidia
@@ -154,7 +154,7 @@ LARGE = [
     Mode(8200, 20, (64, 64), times=3, method="heun2"),
     Mode(16400, 20, (64, 64), times=3, method="euler", activation="silu"),
     Mode(4096, 2, (200, 200), times=3, method="rk4", norms=True),
-    Mode(128, 20, (512, 512, 512), times=14, method="euler", activation="relu", controls=20, substeps=1),
+    Mode(128, 20, (512, 512, 512), times=14, method="euler", controls=20, substeps=1),
     Mode(1000, 4, (64, 64), groups=10, correction=(32, 32), times=6, activation="silu", sets=2, energy="time"),
     Mode(100, 1000, (100,), times=3, method="midpoint"),
 ]
@@ -201,14 +201,14 @@ def test_gpu_is_never_waited_for(mode: Mode):
 
 @pytest.mark.gpu
 def test_gpu_sizes_beyond_31_bits():
-    """States of more than 2^31 numbers: the last samples come out as if they were alone."""
+    """More than 2^31 numbers: the last samples come out as if they were alone, in smaller blocks."""
     mode = Mode(2**17 + 5, 16, (16,), times=1030, method="euler", substeps=1)
     tensors, _ = on_gpu(mode._replace(batch=50))
     alone = mode.run(tensors, "triton")[0]
     tensors["y0"] = torch.cat([torch.zeros(mode.batch - 50, 16, device="cuda"), tensors["y0"]])
     states = mode.run(tensors, "triton")[0]
     assert states.numel() > 2**31
-    assert torch.equal(states[:, -50:], alone)
+    assert error(states[:, -50:], alone) <= 1e-5
 
 
 @pytest.mark.gpu

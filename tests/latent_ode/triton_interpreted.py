@@ -121,6 +121,17 @@ def test_one_value_for_all():
         assert error(value, expected[name]) <= 1e-12, name
 
 
+@pytest.mark.parametrize(("dtype", "of_t"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_times_of_another_dtype(dtype, of_t):
+    mode = MANY[0]
+    tensors, grads = mode.tensors(dtype), mode.grads(dtype)
+    tensors["t"] = tensors["t"].to(of_t)
+    actual, expected = (mode.results(tensors, grads, backend) for backend in ("triton", "reference"))
+    for name, value in actual.items():
+        assert value.dtype == expected[name].dtype, name
+        assert error(value, expected[name]) <= 1e-5, name
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_samples_do_not_depend_on_each_other():
     mode = MANY[0]._replace(batch=18, reinject=False, input_map="none")

@@ -1085,7 +1085,7 @@ class Prepared(NamedTuple):
 def prepare(p: Problem, transposed: bool) -> Prepared:
     """Contiguous tensors, packed parameters, times of the sub-steps, samples by group."""
     tensors, options = p.tensors, p.options
-    t = tensors.t.resolve_neg()
+    t = tensors.t.double()
     h = (t[1:] - t[:-1]) / options.substeps
     starts = t[:-1, None] + torch.arange(options.substeps, dtype=t.dtype, device=t.device) * h[:, None]
     samples = owners = bounds = None
@@ -1353,8 +1353,8 @@ class Backward:
     def _add_times(self, grad: Tensor, sums: Tensor) -> None:
         """Sub-step j of interval i starts at t[i] + j h and has size h = (t[i+1] - t[i]) / substeps."""
         substeps = self.p.options.substeps
-        start, size = sums.sum(1).unflatten(0, (-1, substeps)).unbind(2)
-        j = torch.arange(substeps, dtype=grad.dtype, device=grad.device)
+        start, size = sums.sum(1, dtype=torch.float64).unflatten(0, (-1, substeps)).unbind(2)
+        j = torch.arange(substeps, dtype=torch.float64, device=grad.device)
         by_size = (size + j * start).sum(1) / substeps
         grad[:-1] += start.sum(1) - by_size
         grad[1:] += by_size
