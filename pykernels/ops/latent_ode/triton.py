@@ -173,7 +173,16 @@ def row_of(n, program, programs, sets, repeats, stages, BLOCK: tl.constexpr, ROW
 
 @triton.jit
 def load_extra(
-    control, sample, exists, interval, batch, time, BLOCK: tl.constexpr, C: tl.constexpr, EP: tl.constexpr, ACC
+    control,
+    sample,
+    exists,
+    interval,
+    batch,
+    time,
+    BLOCK: tl.constexpr,
+    C: tl.constexpr,
+    EP: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """[z, t] (BLOCK, EP): the control of the interval, then the time, which is masked by zeros in the weights."""
     c = tl.arange(0, EP)[None, :]
@@ -1039,7 +1048,7 @@ class Problem:
             "NARROW": self.narrow,
             "BLOCK": self.block,
             "ACC": ACCUMULATOR[self.dtype],
-            "num_warps": self.block // 4,
+            "num_warps": min(16, max(self.block // 4, self.block * self.dp // 1024)),
         }
 
     def piece(self) -> int:
