@@ -107,14 +107,19 @@ PK_INLINE Vec<T> polynomial(const double (&c)[n], Vec<T> x) {
     return sum;
 }
 
-// tanh x = x P(x^2) / Q(x^2) for |x| <= 9 and +-1 beyond, in about half the time of tanh, for float: error below 6 ulp, and
-// 1 ulp in the mean. P and Q are a minimax fit with P(0) = Q(0) = 1 and a relative error of 2e-8. NaN stays NaN.
+// tanh for float with fewer operations: exp(t) - 1 from a minimax polynomial of degree 6 (relative error 2e-8), and ln 2 in
+// one part, whose error counts for less the larger n is. Error below 3 ulp, 0.4 ulp root mean square and no bias, which
+// would add up over the steps of a trajectory. NaN stays NaN.
 PK_INLINE Vec<float> tanh_fast(Vec<float> x) {
-    constexpr double above[] = {1.34190115208e-8, 2.06606682723e-5, 3.49895995946e-3, 0.133839500104, 1.0};
-    constexpr double below[] = {7.80439428691e-7, 3.29097921720e-4, 2.58900693496e-2, 0.467172715090, 1.0};
-    const Vec<float> bounded = greatest(Vec<float>(-9.0f), least(Vec<float>(9.0f), x)), square = bounded * bounded;
-    const Vec<float> y = bounded * polynomial(above, square) / polynomial(below, square);
-    return greatest(Vec<float>(-1.0f), least(Vec<float>(1.0f), y));
+    using L = Ln2<float>;
+    constexpr double coefficients[] = {1.3946426823e-3, 8.3665714023e-3, 4.1666282466e-2, 0.16666543123, 0.5};
+    const Vec<float> magnitude = least(Vec<float>(L::tanh_is_one), copysign(x, Vec<float>(1.0f)));
+    const Vec<float> t = magnitude + magnitude;
+    const auto [n, power] = round_and_exp2(t * Vec<float>(L::inverse));
+    const Vec<float> r = t - n * Vec<float>(0.693147180559945309f);
+    const Vec<float> p = r + r * r * polynomial(coefficients, r);
+    const Vec<float> e = power * p + (power - Vec<float>(1.0f));
+    return copysign(e / (e + Vec<float>(2.0f)), x);
 }
 PK_INLINE Vec<double> tanh_fast(Vec<double> x) { return tanh(x); }
 

@@ -83,7 +83,7 @@ struct MLPOdeintGradients {
 
 // Where a state is first not finite: after which sub-step, from 0, and in which sample; step -1 if nowhere.
 struct Divergence {
-    std::int64_t step = -1, sample = -1;
+    std::int64_t step, sample;
 };
 
 // Elements of the tape that a forward with these arguments fills for its backward.

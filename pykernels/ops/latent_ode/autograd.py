@@ -116,21 +116,21 @@ class EagerMLPOdeint(torch.autograd.Function):
             states, norms, energy, saved = saving_op(*tensors, *options, backend)
         ctx.set_materialize_grads(False)
         ctx.counts = [len(group) for group in tensors[6:10]]
-        ctx.rest = (tensors.group, tensors.mask, *options, backend)
-        ctx.save_for_backward(*flat, states, *saved)
+        ctx.rest = (*options, backend)
+        ctx.save_for_backward(*flat, tensors.group, tensors.mask, states, *saved)
         return states, norms, energy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         n = 6 + sum(ctx.counts)
         everything = ctx.saved_tensors
-        flat, states, saved = everything[:n], everything[n], list(everything[n + 1 :])
+        flat, (group, mask, states, *saved) = everything[:n], everything[n:]
         needed = ctx.needs_input_grad[1:]
         if grads[0] is None and grads[1] is None and grads[2] is None:
             return (None,) * (1 + n)
-        *args, backend = _regrouped(ctx.counts, (*flat, *ctx.rest))
+        *args, backend = _regrouped(ctx.counts, (*flat, group, mask, *ctx.rest))
         tensors, options = problem(args)
-        if torch.is_grad_enabled() or transforming(*grads):
+        if torch.is_grad_enabled() or transforming(*grads) or _batched(*grads):
             return None, *_gradients_by_composition(grads, tensors, options, needed)
         grad_states = torch.zeros_like(states) if grads[0] is None else grads[0]
         results = (grad_states, grads[1], grads[2], states, saved)
@@ -140,6 +140,11 @@ class EagerMLPOdeint(torch.autograd.Function):
             found = backward_op(*results, *args, backend, needed)
             found = [g if need else None for g, need in zip(found, needed, strict=True)]
         return None, *found
+
+
+def _batched(*grads: Tensor | None) -> bool:
+    """Whether these are several gradients at once, of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
 
 
 def _gradients_by_composition(

@@ -12,7 +12,7 @@ from torch import Tensor
 from pykernels import _native
 from pykernels.ops._memory import plain
 from pykernels.ops.latent_ode.op import empty_gradients
-from pykernels.ops.latent_ode.reference import ACTIVATIONS, INPUT_MAPS, Options, Tensors, diverged
+from pykernels.ops.latent_ode.reference import ACTIVATIONS, INPUT_MAPS, Options, Tensors, check_finite, diverged
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 _ENERGY = {"none": 0, "plain": 1, "time": 2}
@@ -142,6 +142,8 @@ def forward(
         interval, part = divmod(step, options.substeps)
         where = f"after sub-step {part + 1} of {options.substeps} of the interval from t[{interval}]"
         raise FloatingPointError(diverged(where, sample))
+    if times == 1 and options.validate:  # the kernels look at what they computed
+        check_finite(states)
     return states, norms, energy, tape
 
 

@@ -131,6 +131,8 @@ def _check_shapes(tensors: Tensors) -> None:
     if tensors.injected is not None and tensors.mask is not None:
         _check(tensors.injected, (times, batch, dim), dtype)
         _check(tensors.mask, (times, batch), torch.bool)
+    if (tensors.group is None) != (len(tensors.correction_weights) == 0):
+        raise ValueError("a group goes with a correction")
     if tensors.group is not None:
         _check(tensors.group, (batch,), torch.int64)
     for weights, biases, slopes in (
