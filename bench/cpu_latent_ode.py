@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import Limits, relative_error, verdict
 from measure import Contender, compare
-from ode_peers import Network, contenders
+from ode_peers import Problem, errors, peers
 from torch import Tensor
 
 import pykernels
@@ -20,6 +20,7 @@ import pykernels
 STEPS = 100
 #: Widths and batch; 100 steps of the classical Runge-Kutta method on [0, 1], tanh.
 NETWORKS = (((2, 64, 64, 2), 1), ((2, 64, 64, 2), 32), ((20, 128, 128, 20), 32))
+CONTENDERS = ("fused", "torchdiffeq", "loop", "loop of compiled steps", "torchode", "jax scan")
 #: Sub-steps of a training rollout of SRVP: Moving MNIST, and KTH with two to a frame.
 ROLLOUTS = (14, 38)
 
@@ -34,10 +35,14 @@ def trajectory_cost(widths: Sequence[int], inputs: int, batch: int, evaluations:
 def bench_network(
     widths: tuple[int, ...], batch: int, backward: bool, limits: Limits, seconds: float
 ) -> dict[str, Any]:
-    runs, errors = contenders(Network(widths, batch, STEPS), backward)
+    """Of another method than the others' is torchdiffeq: Kutta's 3/8 rule, of as many stages."""
+    problem = Problem.random(widths, batch, STEPS)
+    found = {"pykernels" if name == "fused" else name: peer for name, peer in peers(problem, CONTENDERS).items()}
+    wrong = {name: max(errors(problem, peer)) for name, peer in found.items()}
+    runs = {name: peer.forward_backward if backward else peer.forward for name, peer in found.items()}
     results = compare([Contender(*run) for run in runs.items()], seconds=seconds, most_threads=limits.threads)
     flops, moved = trajectory_cost(widths, widths[0], batch, 4 * STEPS, STEPS + 1)
-    return verdict(results, errors, limits=limits, flops=flops * (3 if backward else 1), moved=moved)
+    return verdict(results, wrong, limits=limits, flops=flops * (3 if backward else 1), moved=moved)
 
 
 def bench_rollout(substeps: int, backward: bool, limits: Limits, seconds: float) -> dict[str, Any]:

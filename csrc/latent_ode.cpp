@@ -118,7 +118,7 @@ public:
               networks_.data(),
               static_cast<int>(networks_.size()),
               pointer<const T>(y0),
-              pointer<const T>(t),
+              pointer<const double>(t),
               pointer<const T>(control),
               pointer<const std::uint8_t>(mask),
               pointer<const T>(injected),
@@ -187,7 +187,7 @@ void backward(const pk::RungeKutta& method, const Sizes& sizes, double slope,
     const auto [states, norms, energy, y0, t, control, injected] = gradients;
     pk::mlp_odeint_backward(p,
                             {pointer<const T>(states), pointer<const T>(norms), pointer<const T>(energy),
-                             pointer<T>(y0), pointer<T>(t), pointer<T>(control), pointer<T>(injected)},
+                             pointer<T>(y0), pointer<double>(t), pointer<T>(control), pointer<T>(injected)},
                             begin + header);
 }
 

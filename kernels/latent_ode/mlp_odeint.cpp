@@ -39,6 +39,9 @@ public:
         divide(p, bytes == 64 ? 4 : 2);
         lay_out(p);
         choose_segment(p);
+        plan.whole_tape = plan.segment >= plan.steps;
+        plan.segments = divide_up(plan.steps, plan.segment);
+        plan.tape_block = plan.whole_tape ? plan.steps * p.method.stages * plan.record : plan.segments * extent(p.dim);
     }
     Planner(const Planner&) = delete;
     Planner& operator=(const Planner&) = delete;
@@ -88,9 +91,9 @@ private:
     void lay_out(const MLPOdeint<T>& p) {
         plan.inputs = p.dim + p.control_dim + (p.time_input ? 1 : 0);
         plan.steps = (p.times - 1) * p.substeps;
-        plan.widest = plan.extent(std::max(p.dim, plan.inputs));
-        plan.record = aligned(plan.extent(plan.inputs));
-        plan.delta_record = aligned(plan.extent(p.dim));
+        plan.widest = extent(std::max(p.dim, plan.inputs));
+        plan.record = aligned(extent(plan.inputs));
+        plan.delta_record = aligned(extent(p.dim));
         const bool argument = argument_needed(p.activation);
         layers_.resize(static_cast<std::size_t>(p.n_networks));
         for (int n = 0; n < p.n_networks; ++n) {
@@ -106,19 +109,19 @@ private:
                 layer.split_backward = layer.in <= split_rows;
                 layer.input_at = input_at;
                 layer.argument_at = -1;
-                const Index output = plan.extent(layer.out);
+                const Index output = extent(layer.out);
                 plan.widest = std::max(plan.widest, output);
                 if (l < net.layers - 1) {
                     input_at = layer.output_at = take(plan.record, output);
                     if (argument) layer.argument_at = take(plan.record, output);
                     layer.delta_at = take(plan.delta_record, output);
                 }
-                layer.transposed_at = take(plan.transposed_record, plan.rows ? 0 : plan.width * plan.padded(layer.in));
-                layer.bias_at = take(here.packed_set, plan.padded(layer.out));
+                layer.transposed_at = take(plan.transposed_record, plan.rows ? 0 : plan.width * padded(layer.in));
+                layer.bias_at = take(here.packed_set, padded(layer.out));
                 layer.forward_at = take(here.packed_set, weights(layer.in, layer.out));
                 layer.backward_at = take(here.packed_set, weights(layer.out, layer.in));
-                layer.grad_weight_at = take(here.grad_set, layer.out * plan.padded(layer.in));
-                layer.grad_bias_at = take(here.grad_set, plan.rows ? plan.padded(layer.out) : layer.out * plan.lanes);
+                layer.grad_weight_at = take(here.grad_set, layer.out * padded(layer.in));
+                layer.grad_bias_at = take(here.grad_set, plan.rows ? padded(layer.out) : layer.out * plan.lanes);
                 layers.push_back(layer);
             }
             here.grad_slope_at = take(here.grad_set, net.layers);
@@ -131,15 +134,17 @@ private:
         for (std::size_t n = 0; n < networks_.size(); ++n) networks_[n].layer = layers_[n].data();
         plan.networks = networks_.data();
         plan.n_networks = p.n_networks;
-        plan.stage_at = take(plan.record, plan.extent(p.dim));
-        plan.state_at = p.input_map == InputMap::none ? 0 : take(plan.record, plan.extent(p.dim));
+        plan.stage_at = take(plan.record, extent(p.dim));
+        plan.state_at = p.input_map == InputMap::none ? 0 : take(plan.record, extent(p.dim));
         plan.chunk = std::max<Index>(1, chunk_samples / plan.width);
     }
 
+    // Elements of a block of this many features.
+    Index extent(Index features) const { return plan.rows ? plan.width * padded(features) : features * plan.width; }
+    Index padded(Index features) const { return divide_up(features, plan.lanes) * plan.lanes; }
+
     // Of a matrix with `depth` rows and `columns` columns: rows are padded, panels are not.
-    Index weights(Index depth, Index columns) const {
-        return plan.rows ? depth * plan.padded(columns) : depth * columns;
-    }
+    Index weights(Index depth, Index columns) const { return plan.rows ? depth * padded(columns) : depth * columns; }
 
     static Index aligned(Index elements) {
         constexpr Index line = 64 / sizeof(T);
@@ -154,8 +159,7 @@ private:
     // All records if they fit; or else states every `segment` sub-steps, and the records of one segment for each thread.
     void choose_segment(const MLPOdeint<T>& p) {
         const double step = static_cast<double>(p.method.stages * plan.record) * sizeof(T);
-        const double state = static_cast<double>(plan.extent(p.dim)) * sizeof(T),
-                     most = static_cast<double>(p.max_memory);
+        const double state = static_cast<double>(extent(p.dim)) * sizeof(T), most = static_cast<double>(p.max_memory);
         plan.segment = std::max<Index>(1, plan.steps);
         if (step * static_cast<double>(plan.steps * plan.n_blocks) <= most) return;
         const double states = state * static_cast<double>(plan.n_blocks), records = step * plan.tasks;
@@ -181,7 +185,7 @@ Index scratch_elements(const MLPOdeint<T>& p, const MLPPlan& plan, bool backward
 template <class T>
 Index tape_of(const MLPOdeint<T>& p) {
     const Planner<T> planner(p);
-    return planner.plan.n_blocks * planner.plan.tape_block(p.method.stages, p.dim);
+    return planner.plan.n_blocks * planner.plan.tape_block;
 }
 
 template <class T>
@@ -192,7 +196,7 @@ Divergence forward(const MLPOdeint<T>& p, T* tape) {
     std::vector<Divergence> found(static_cast<std::size_t>(plan.tasks));
     T* memory = static_cast<T*>(scratch.data());
     PK_CALL_ACTIVE(mlp_odeint_forward, (p, plan, memory, tape, found.data()));
-    Divergence first;
+    Divergence first{-1, -1};
     for (const Divergence& d : found)
         if (d.step >= 0 && (first.step < 0 || d.step < first.step || (d.step == first.step && d.sample < first.sample)))
             first = d;

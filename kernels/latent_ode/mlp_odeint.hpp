@@ -58,7 +58,7 @@ struct MLPOdeint {
         networks;  // the shared one, whose set n mod sets serves step n, and perhaps the correction of a group
     int n_networks;
     const T* y0;                // (batch, dim)
-    const T* t;                 // (times)
+    const double* t;            // (times)
     const T* control;           // (times - 1, batch, control_dim), or null
     const std::uint8_t* mask;   // (times, batch), or null
     const T* injected;          // (times, batch, dim)
@@ -76,14 +76,14 @@ struct MLPOdeintGradients {
     const T* grad_norms;   // (times - 1, batch), or null
     const T* grad_energy;  // (times - 1, batch), or null
     T* grad_y0;            // these, or null where not wanted
-    T* grad_t;
+    double* grad_t;
     T* grad_control;
     T* grad_injected;
 };
 
 // Where a state is first not finite: after which sub-step, from 0, and in which sample; step -1 if nowhere.
 struct Divergence {
-    std::int64_t step = -1, sample = -1;
+    std::int64_t step, sample;
 };
 
 // Elements of the tape that a forward with these arguments fills for its backward.

@@ -68,6 +68,13 @@ PK_INLINE bool finite(T x) {
     return x - x == T(0);
 }
 
+// Features filled up to whole vectors.
+template <class T>
+constexpr Index padded(Index features) {
+    constexpr Index lanes = Vec<T>::lanes;
+    return (features + lanes - 1) / lanes * lanes;
+}
+
 // One thread's memory and steps.
 template <class T>
 class Carrier {
@@ -77,23 +84,23 @@ public:
           plan_(plan),
           packed_(packed),
           stages_(p.method.stages),
-          state_(plan.extent(p.dim)),
+          state_(extent(p.dim)),
           direct_(p.input_map == InputMap::none && (!plan.rows || plan.inputs == p.dim)) {
         y_ = arena.take(state_);
         inner_ = arena.take(state_);
-        control_ = arena.take(plan.extent(p.control_dim));
+        control_ = arena.take(extent(p.control_dim));
         for (int i = 0; i < stages_; ++i) stage_[i] = arena.take(state_);
         record_ = arena.take(plan.record);
         norm_ = arena.take(plan.width);
         energy_ = arena.take(plan.width);
         sum_ = arena.take(plan.width);
         if (!backward) return;
-        tape_ = arena.take(plan.whole_tape() ? 0 : plan.segment * stages_ * plan.record);
+        tape_ = arena.take(plan.whole_tape ? 0 : plan.segment * stages_ * plan.record);
         lambda_ = arena.take(state_);
         change_ = arena.take(state_);
         for (int i = 0; i < stages_; ++i) adjoint_[i] = arena.take(state_);
         grad_input_ = arena.take(plan.widest);
-        grad_control_ = arena.take(plan.extent(p.control_dim));
+        grad_control_ = arena.take(extent(p.control_dim));
         deltas_ = arena.take(plan.chunk * plan.delta_record);
         transposed_ = arena.take(plan.chunk * plan.transposed_record);
     }
@@ -102,22 +109,22 @@ public:
     T* gradients = nullptr;
     double* grad_step = nullptr;  // of the size of each sub-step, and of its time
     double* grad_time = nullptr;
-    Divergence divergence;
+    Divergence divergence{-1, -1};
 
     void forward(const SampleBlock& block, T* tape) {
         begin(block);
         load(y_, p_.y0, p_.dim);
         store(p_.states, y_, p_.dim);
-        run(0, plan_.steps, plan_.whole_tape() ? tape : nullptr, plan_.whole_tape() ? nullptr : tape, true);
+        run(0, plan_.steps, plan_.whole_tape ? tape : nullptr, plan_.whole_tape ? nullptr : tape, true);
     }
 
     void backward(const SampleBlock& block, const MLPOdeintGradients<T>& g, const T* tape) {
         begin(block);
         clear(lambda_, state_);
-        for (Index segment = plan_.segments() - 1; segment >= 0; --segment) {
+        for (Index segment = plan_.segments - 1; segment >= 0; --segment) {
             const Index first = segment * plan_.segment, last = min(first + plan_.segment, plan_.steps);
             const T* records = tape;
-            if (!plan_.whole_tape()) {
+            if (!plan_.whole_tape) {
                 copy(y_, tape + segment * state_, state_);
                 run(first, last, tape_, nullptr, false);
                 records = tape_;
@@ -131,9 +138,9 @@ public:
     }
 
 private:
-    static constexpr Index padded(Index features) {
-        constexpr Index lanes = Vec<T>::lanes;  // a constant here, unlike in the plan
-        return (features + lanes - 1) / lanes * lanes;
+    // Elements of a block of this many features.
+    Index extent(Index features) const {
+        return plan_.rows ? plan_.width * padded<T>(features) : features * plan_.width;
     }
 
     struct Step {
@@ -146,14 +153,15 @@ private:
         s.interval = n / p_.substeps;
         s.part = n - s.interval * p_.substeps;
         s.set = p_.networks[0].sets == 1 ? 0 : n % p_.networks[0].sets;
-        s.size = (p_.t[s.interval + 1] - p_.t[s.interval]) / static_cast<T>(p_.substeps);
-        s.time = p_.t[s.interval] + static_cast<T>(s.part) * s.size;
+        const double begin = p_.t[s.interval], size = (p_.t[s.interval + 1] - begin) / static_cast<double>(p_.substeps);
+        s.size = static_cast<T>(size);
+        s.time = static_cast<T>(begin + static_cast<double>(s.part) * size);
         return s;
     }
 
     void begin(const SampleBlock& block) {
         block_ = block;
-        active_ = plan_.rows ? block.count * padded(p_.dim) : state_;
+        active_ = plan_.rows ? block.count * padded<T>(p_.dim) : state_;
         reported_ = false;
     }
 
@@ -167,7 +175,7 @@ private:
     // with that.
     void load(T* out, const T* in, Index features) const {
         if (plan_.rows) {
-            const Index row = padded(features);
+            const Index row = padded<T>(features);
             for (Index s = 0; s < block_.count; ++s) {
                 clear(out + s * row, row);
                 copy(out + s * row, in + sample(s) * features, features);
@@ -180,7 +188,7 @@ private:
         }
     }
     void store(T* out, const T* in, Index features) const {
-        const Index sample_stride = plan_.rows ? padded(features) : 1;
+        const Index sample_stride = plan_.rows ? padded<T>(features) : 1;
         const Index feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index s = 0; s < block_.count; ++s) {
             T* to = out + sample(s) * features;
@@ -188,7 +196,7 @@ private:
         }
     }
     void add(T* out, const T* in, Index features) const {
-        const Index sample_stride = plan_.rows ? padded(features) : 1;
+        const Index sample_stride = plan_.rows ? padded<T>(features) : 1;
         const Index feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index s = 0; s < block_.count; ++s) {
             const T* from = in + sample(s) * features;
@@ -199,7 +207,7 @@ private:
     // sum[s] = <a, b> of each sample, added up in the same order however a block lies: the bits must not depend on that.
     void dot_samples(T* sum, const T* a, const T* b) const {
         if (plan_.rows) {
-            const Index row = padded(p_.dim);
+            const Index row = padded<T>(p_.dim);
             for (Index s = 0; s < block_.count; ++s) {
                 sum[s] = 0;
                 for (Index f = 0; f < p_.dim; ++f) sum[s] += a[s * row + f] * b[s * row + f];
@@ -216,7 +224,7 @@ private:
     // out += scale[s] * v of each sample.
     void add_samples(T* out, const T* scale, const T* v) const {
         if (plan_.rows) {
-            const Index row = padded(p_.dim);
+            const Index row = padded<T>(p_.dim);
             for (Index s = 0; s < block_.count; ++s) add_scaled(out + s * row, scale[s], v + s * row, row);
             return;
         }
@@ -234,7 +242,7 @@ private:
     // y = where(mask, injected, y)
     void reinject(Index interval) {
         if (p_.mask == nullptr) return;
-        const Index sample_stride = plan_.rows ? padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
+        const Index sample_stride = plan_.rows ? padded<T>(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index s = 0; s < (plan_.rows ? block_.count : plan_.width); ++s) {
             if (!marked(interval, s)) continue;
             const T* from = p_.injected + (interval * p_.batch + sample(min(s, block_.count - 1))) * p_.dim;
@@ -310,7 +318,7 @@ private:
 
     void report(Index n) {
         reported_ = true;
-        const Index sample_stride = plan_.rows ? padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
+        const Index sample_stride = plan_.rows ? padded<T>(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
         Index worst = -1;
         for (Index s = 0; s < block_.count; ++s)
             for (Index f = 0; f < p_.dim; ++f)
@@ -337,7 +345,7 @@ private:
         if (p_.time_input) {
             const Index f = plan_.inputs - 1;
             if (plan_.rows)
-                for (Index i = 0; i < block_.count; ++i) record[i * padded(plan_.inputs) + f] = time;
+                for (Index i = 0; i < block_.count; ++i) record[i * padded<T>(plan_.inputs) + f] = time;
             else
                 for (Index i = 0; i < plan_.width; ++i) record[f * plan_.width + i] = time;
         }
@@ -364,7 +372,7 @@ private:
     void place(T* input, const T* block, Index at, Index features) const {
         if (!plan_.rows) return copy(input + at * plan_.width, block, features * plan_.width);
         for (Index s = 0; s < block_.count; ++s)
-            copy(input + s * padded(plan_.inputs) + at, block + s * padded(features), features);
+            copy(input + s * padded<T>(plan_.inputs) + at, block + s * padded<T>(features), features);
     }
 
     // out = act(W in + b), or out += W in + b
@@ -373,15 +381,15 @@ private:
         const FieldActivation activation = p_.activation;
         if (plan_.rows) {
             const StridedProduct<T> product{
-                block_.count, layer.in,         in, padded(layer.in), 1, 0, packed + layer.forward_at, 0, 0, 1,
-                out,          padded(layer.out)};
+                block_.count,        layer.in, in, padded<T>(layer.in), 1, 0, packed + layer.forward_at, 0, 0, 1, out,
+                padded<T>(layer.out)};
             const Start<T> start{nullptr, packed + layer.bias_at, accumulate};
-            const Index vectors = padded(layer.out) / Vec<T>::lanes;
+            const Index vectors = padded<T>(layer.out) / Vec<T>::lanes;
             if (layer.split_forward)
                 strided_product<T, true>(product, vectors, start);
             else
                 strided_product<T, false>(product, vectors, start);
-            if (!last) activate(out, argument, block_.count * padded(layer.out), activation, slope);
+            if (!last) activate(out, argument, block_.count * padded<T>(layer.out), activation, slope);
             return;
         }
         const PanelProduct<T> product{
@@ -399,10 +407,19 @@ private:
     void apply_transposed(const LayerPlan& layer, const T* packed, const T* delta, T* out, bool accumulate) {
         const Start<T> start{nullptr, nullptr, accumulate};
         if (plan_.rows) {
-            const StridedProduct<T> product{
-                block_.count, layer.out,       delta, padded(layer.out), 1, 0, packed + layer.backward_at, 0, 0, 1,
-                out,          padded(layer.in)};
-            const Index vectors = padded(layer.in) / Vec<T>::lanes;
+            const StridedProduct<T> product{block_.count,
+                                            layer.out,
+                                            delta,
+                                            padded<T>(layer.out),
+                                            1,
+                                            0,
+                                            packed + layer.backward_at,
+                                            0,
+                                            0,
+                                            1,
+                                            out,
+                                            padded<T>(layer.in)};
+            const Index vectors = padded<T>(layer.in) / Vec<T>::lanes;
             if (layer.split_backward)
                 strided_product<T, true>(product, vectors, start);
             else
@@ -424,7 +441,7 @@ private:
         set_ = s.set;
         if (s.part == p_.substeps - 1) {
             add(lambda_, g.grad_states + (samples + p_.batch) * p_.dim, p_.dim);
-            if (p_.control_dim > 0) clear(grad_control_, plan_.extent(p_.control_dim));
+            if (p_.control_dim > 0) clear(grad_control_, extent(p_.control_dim));
         }
         T* k[most_stages];
         for (int i = 0; i < stages_; ++i) k[i] = const_cast<T*>(records) + i * plan_.record + plan_.stage_at;
@@ -485,7 +502,7 @@ private:
     void begin_interval(const MLPOdeintGradients<T>& g, const Step& s, Index samples) {
         if (g.grad_control != nullptr) store(g.grad_control + samples * p_.control_dim, grad_control_, p_.control_dim);
         if (p_.mask == nullptr) return;
-        const Index sample_stride = plan_.rows ? padded(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
+        const Index sample_stride = plan_.rows ? padded<T>(p_.dim) : 1, feature_stride = plan_.rows ? 1 : plan_.width;
         for (Index i = 0; i < block_.count; ++i) {
             if (!marked(s.interval, i)) continue;
             for (Index f = 0; f < p_.dim; ++f) {
@@ -528,7 +545,7 @@ private:
                 const LayerPlan& layer = net.layer[l];
                 if (gradients != nullptr && !plan_.rows) {
                     T* out = transposed_ + (plan_.chunk - 1 - pending_) * plan_.transposed_record + layer.transposed_at;
-                    transpose(out, padded(layer.in), record + layer.input_at, plan_.width, layer.in, plan_.width);
+                    transpose(out, padded<T>(layer.in), record + layer.input_at, plan_.width, layer.in, plan_.width);
                 }
                 if (l == 0) {
                     apply_transposed(layer, packed, delta + layer.delta_at, grad_input_, network > 0);
@@ -538,7 +555,7 @@ private:
                 T* grad = delta + below.delta_at;
                 apply_transposed(layer, packed, delta + layer.delta_at, grad, false);
                 const T* saved = record + (below.argument_at < 0 ? below.output_at : below.argument_at);
-                const Index n = plan_.rows ? block_.count * padded(below.out) : plan_.extent(below.out);
+                const Index n = plan_.rows ? block_.count * padded<T>(below.out) : extent(below.out);
                 const T grad_slope = activate_backward(grad, saved, n, p_.activation, slope(network, s, l - 1));
                 if (gradients != nullptr && p_.networks[network].slope != nullptr)
                     gradients[net.grad_at + set * net.grad_set + net.grad_slope_at + l - 1] += grad_slope;
@@ -552,11 +569,12 @@ private:
         T time = 0;
         if (!plan_.rows) {
             copy(adjoint, grad_input_, state_);
-            if (p_.control_dim > 0) add_scaled(grad_control_, T(1), grad_input_ + state_, plan_.extent(p_.control_dim));
+            if (p_.control_dim > 0) add_scaled(grad_control_, T(1), grad_input_ + state_, extent(p_.control_dim));
             if (p_.time_input)
                 for (Index i = 0; i < block_.count; ++i) time += grad_input_[(plan_.inputs - 1) * plan_.width + i];
         } else {
-            const Index row = padded(plan_.inputs), state_row = padded(p_.dim), control_row = padded(p_.control_dim);
+            const Index row = padded<T>(plan_.inputs), state_row = padded<T>(p_.dim),
+                        control_row = padded<T>(p_.control_dim);
             for (Index i = 0; i < block_.count; ++i) {
                 const T* from = grad_input_ + i * row;
                 clear(adjoint + i * state_row, state_row);
@@ -582,7 +600,7 @@ private:
             for (Index l = 0; l < net.layers; ++l) {
                 const LayerPlan& layer = net.layer[l];
                 const T* delta = deltas_ + at * plan_.delta_record + layer.delta_at;
-                const Index in = padded(layer.in), out = padded(layer.out);
+                const Index in = padded<T>(layer.in), out = padded<T>(layer.out);
                 const T* inputs = plan_.rows ? newest_ + layer.input_at
                                              : transposed_ + at * plan_.transposed_record + layer.transposed_at;
                 const StridedProduct<T> product{layer.out,
@@ -608,11 +626,11 @@ private:
     void add_bias_gradient(T* sums, const T* delta, Index outputs, Index count) const {
         constexpr int lanes = Vec<T>::lanes;
         if (plan_.rows) {
-            for (Index f = 0; f < padded(outputs); f += lanes) {
+            for (Index f = 0; f < padded<T>(outputs); f += lanes) {
                 Vec<T> sum(T(0));
                 for (Index e = 0; e < count; ++e)
                     for (Index s = 0; s < block_.count; ++s)
-                        sum = sum + Vec<T>::load(delta + e * plan_.delta_record + s * padded(outputs) + f);
+                        sum = sum + Vec<T>::load(delta + e * plan_.delta_record + s * padded<T>(outputs) + f);
                 (Vec<T>::load(sums + f) + sum).store(sums + f);
             }
             return;
@@ -684,7 +702,7 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     const T* weight = source.weight[l] + set * layer.out * layer.in;
     const T* bias = source.bias[l] + set * layer.out;
     T* packed = context.packed + net.packed_at + set * net.packed_set;
-    const Index out = plan.padded(layer.out);
+    const Index out = padded<T>(layer.out);
     if (context.forward) {
         clear(packed + layer.bias_at, out);
         copy(packed + layer.bias_at, bias, layer.out);
@@ -784,7 +802,7 @@ void run_task(const Run<T>& run, Index task, bool backward) {
             carrier.grad_time = sums.time;
         }
     }
-    const Index tape_block = plan.tape_block(run.p->method.stages, run.p->dim);
+    const Index tape_block = plan.tape_block;
     for (Index b = plan.n_blocks * task / plan.tasks; b < plan.n_blocks * (task + 1) / plan.tasks; ++b) {
         T* tape = run.tape == nullptr ? nullptr : run.tape + b * tape_block;
         if (backward)
@@ -811,7 +829,7 @@ void reduce_layer(const Run<T>& run, const Item& item) {
     const NetworkPlan& net = plan.networks[item.network];
     const LayerPlan& layer = net.layer[item.layer];
     const Network<T>& to = run.p->networks[item.network];
-    const Index offset = net.grad_at + item.set * net.grad_set, row = plan.padded(layer.in);
+    const Index offset = net.grad_at + item.set * net.grad_set, row = padded<T>(layer.in);
     constexpr int lanes = Vec<T>::lanes;
     T* weight = to.grad_weight[item.layer];
     T* bias = to.grad_bias[item.layer];
@@ -860,13 +878,13 @@ void reduce_times(const Run<T>& run) {
             grad += time - slope;
             left += slope;
         }
-        run.g->grad_t[i] = static_cast<T>(grad);
+        run.g->grad_t[i] = grad;
     }
 }
 
 template <class T>
 void backward(const MLPOdeint<T>& p, const MLPPlan& plan, const MLPOdeintGradients<T>& g, T* memory, const T* tape) {
-    pack(p, plan, memory, !plan.whole_tape(), true);
+    pack(p, plan, memory, !plan.whole_tape, true);
     bool weights = false;
     for (int network = 0; network < plan.n_networks; ++network) {
         const Network<T>& net = p.networks[network];

@@ -42,21 +42,13 @@ struct MLPPlan {
     const NetworkPlan* networks;
     int n_networks;
     std::int64_t inputs;                      // of the networks: dim + control_dim + time
-    std::int64_t steps, segment;              // all sub-steps, and those that the tape holds at once
+    std::int64_t steps, segment, segments;    // all sub-steps, those that the tape holds at once, and how often that is
+    bool whole_tape;                          // the tape holds all records; or else the states that begin the segments
+    std::int64_t tape_block;                  // elements of the tape for each block
     std::int64_t record, stage_at, state_at;  // of a record: size, the stage k, and the state before the input map
     std::int64_t delta_record, transposed_record, chunk;  // chunk: evaluations whose weight gradients are added at once
     std::int64_t packed, gradients;                       // sizes, all networks and sets
     std::int64_t widest;                                  // of all layers, in elements of a block
-
-    // Elements of a block of this many features.
-    std::int64_t extent(std::int64_t features) const { return rows ? width * padded(features) : features * width; }
-    std::int64_t padded(std::int64_t features) const { return (features + lanes - 1) / lanes * lanes; }
-    bool whole_tape() const { return segment >= steps; }
-    std::int64_t segments() const { return steps == 0 ? 0 : (steps + segment - 1) / segment; }
-    // Elements of the tape for each block: all records, or the states at the beginning of each segment.
-    std::int64_t tape_block(std::int64_t stages, std::int64_t dim) const {
-        return whole_tape() ? steps * stages * record : segments() * extent(dim);
-    }
 };
 
 }  // namespace pk

@@ -127,10 +127,12 @@ def fuse(func: Callable[..., Any], example: Tensor | None = None) -> MLPField:
     ``forward`` of ``func`` is traced by :mod:`torch.fx`, that is called with placeholders. A side effect on anything
     but the modules' own attributes, such as writing a file, cannot be seen, and happens while tracing instead of later.
     """
-    if isinstance(func, MLPField) and type(func).forward is MLPField.forward and "forward" not in vars(func):
+    if isinstance(func, MLPField) and _is_plain_field(func) and "forward" not in vars(func):
         return func
     if not callable(func):
         raise TypeError(f"func must be a module or a function, got {type(func).__name__}")
+    if example is not None and (not isinstance(example, Tensor) or example.dim() == 0):
+        raise TypeError(f"example must be a tensor of at least one dimension, got {example!r}")
     try:
         root, field = _read(func, example)
         _compare(root, field, example)
@@ -246,7 +248,9 @@ class _Tracer(fx.Tracer):
             return name
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Sin, Swish)) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, (Sin, Swish)) or _is_plain_field(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
@@ -258,6 +262,10 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _is_plain_field(module: object) -> bool:
+    return isinstance(module, MLPField) and type(module).forward is MLPField.forward
 
 
 def _user_path(path: str) -> str:
@@ -274,6 +282,12 @@ class _Network(NamedTuple):
     activations: list[Activation]
     time_input: bool
     input_map: str
+
+    def identity(self) -> tuple[Any, ...]:
+        """What tells two networks apart; parameters do not compare."""
+        slopes = [a.slope if isinstance(a.slope, float) else id(a.slope) for a in self.activations]
+        names = [a.name for a in self.activations]
+        return [tuple(map(id, pair)) for pair in self.layers], names, slopes, self.time_input, self.input_map
 
 
 def _read(func: Callable[..., Any], example: Tensor | None = None) -> tuple[_Root, MLPField]:
@@ -313,7 +327,7 @@ def _read_for_width(root: _Root, example: Tensor | None) -> _Network:
             if root.asked_for_shape:
                 continue
             raise
-        if network != in_evaluation:
+        if network.identity() != in_evaluation.identity():
             raise FusionError("its forward depends on whether it is in training mode")
         if not root.asked_for_shape or network.layers[-1][0].shape[0] == width:
             return network
@@ -367,7 +381,9 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
     """
     modules = {name: module for name, module in root.named_modules() if module is not root}
     before = {name: dict(vars(module)) for name, module in modules.items()}
-    contents = {(name, key): _content(value) for name, old in before.items() for key, value in old.items()}
+    contents = {
+        (name, key): (_content(value), _identities(value)) for name, old in before.items() for key, value in old.items()
+    }
     changed = []
     try:
         yield
@@ -383,8 +399,8 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
                 if key not in now or now[key] is not old[key]:
                     changed.append(path)
                     now[key] = old[key]
-                value, content = now[key], contents[name, key]
-                if isinstance(value, (list, dict, set)) and _identities(_content(value)) != _identities(content):
+                value, (content, identities) = now[key], contents[name, key]
+                if isinstance(value, (list, dict, set)) and _identities(value) != identities:
                     changed += _changed_members(path, value, dict(content)) if key in _MEMBERS else [path]
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(content)
@@ -406,8 +422,11 @@ def _content(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, set)) else []
 
 
-def _identities(content: list[Any]) -> list[Any]:
-    return [(item[0], id(item[1])) if type(item) is tuple and len(item) == 2 else id(item) for item in content]
+def _identities(value: Any) -> list[Any]:
+    """What tells whether a container holds the same objects; they may be tensors, which do not compare."""
+    if isinstance(value, dict):
+        return [(key, id(member)) for key, member in value.items()]
+    return list(map(id, _content(value)))
 
 
 #: Where a module keeps what is not an attribute in the ordinary way.
@@ -429,6 +448,9 @@ class _Reader:
         node = output.args[0]
         if not isinstance(node, fx.Node):
             raise FusionError(f"its forward returns a {type(node).__name__}, not a tensor")
+        if (field := self._field(node)) is not None:
+            self._refuse_others(output)
+            return field
         layers: list[tuple[nn.Parameter, nn.Parameter | None]] = []
         modules: list[nn.Linear | None] = []
         activations: list[Activation] = []
@@ -449,6 +471,26 @@ class _Reader:
             activations.insert(0, activation)
         self._refuse_others(output)
         return _Network(layers, modules, activations, *entry)
+
+    def _field(self, node: fx.Node) -> _Network | None:
+        """What is read from a field that is called with the time and the state."""
+        module = self._module(node) if node.op == "call_module" else None
+        if not isinstance(module, MLPField) or (node.args, node.kwargs) != ((self.t, self.y), {}):
+            return None
+        layers: list[Any] = list(module.layers)
+        for i, layer in enumerate(layers):
+            refuse_altered(layer, f"{_user_path(str(node.target))}.layers.{i}")
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return None
+        self.read.add(node)
+        slopes = [module.slope] * (len(layers) - 1) if module.slopes is None else list(module.slopes)
+        return _Network(
+            [(layer.weight, layer.bias) for layer in layers],
+            layers,
+            [Activation(module.activation, slope) for slope in slopes],
+            module.time_input,
+            module.input_map,
+        )
 
     def _skip_identities(self, node: fx.Node) -> fx.Node:
         while node.op == "call_module" and is_identity(self._module(node)):
@@ -675,10 +717,10 @@ def _compare(root: _Root, field: MLPField, example: Tensor | None) -> None:
         raise FusionError("its parameters are on the meta device: give them values first")
     shared = {id(p) for p in field.parameters()}
     names = [_user_path(name) for name, p in root.named_parameters() if id(p) in shared]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(own.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(own.device)
 
     with torch.inference_mode(False), torch.enable_grad():
         shape = _accepted_shape(root, field.dims[0], example, own)

@@ -206,6 +206,18 @@ def test_an_example_tells_the_shape_of_the_state():
     assert fuse(func, random(2, 3, 2)).time_input
 
 
+def test_attributes_may_hold_anything():
+    func = Field(lambda self, t, y: self.net(y))
+    func.seen = [(random(2), random(2)), {1: random(2)}]
+    func.table = {"pair": (random(2), random(2))}
+    assert_fuses(func)
+    func.compute = _append
+    seen = list(func.seen)
+    with pytest.raises(FusionError, match="its forward changes seen"):
+        fuse(func)
+    assert list(map(id, func.seen)) == list(map(id, seen))
+
+
 class Stateless(nn.Module):
     def __init__(self):
         super().__init__()
@@ -257,6 +269,22 @@ def test_modules_and_functions():
     shared = Field(lambda self, t, y: self.last(torch.tanh(self.second(torch.tanh(self.first(y))))))
     shared.last.bias = shared.first.bias = None
     assert_fuses(shared)
+
+
+@pytest.mark.parametrize("slope", [None, "learned"])
+def test_a_field_in_a_module(slope):
+    inner = MLPField((2, 4, 3, 2), "silu", slope=slope, time_input=True, input_map="sin", dtype=torch.float64)
+    outer = Field(lambda self, t, y: self.inner(t, y))
+    outer.inner = inner
+    field = assert_fuses(outer)
+    assert [*map(id, field.parameters())] == [*map(id, inner.parameters())]
+    assert repr(field) == repr(inner)
+    parametrizations.weight_norm(inner.layers[1])
+    with pytest.raises(FusionError, match=re.escape("inner.layers.1 (ParametrizedLinear) has a parametrization")):
+        fuse(outer)
+    outer.compute = lambda self, t, y: self.inner(2 * t, y)
+    with pytest.raises(FusionError, match=re.escape("inner (MLPField) is no Linear layer")):
+        fuse(outer)
 
 
 def test_one_layer_twice_and_single_precision():
@@ -456,6 +484,14 @@ REFUSED = {
         lambda self, t, y: self.net(y**2 if self.training else y),
         "its forward depends on whether it is in training mode",
     ),
+    "other layers in training": (
+        lambda self, t, y: self.net(y) if self.training else F.linear(y, self.slope.expand(2, 2)),
+        "linear() has .expand() where a parameter must be",
+    ),
+    "other order in training": (
+        lambda self, t, y: self.net(y) if self.training else self.last(torch.tanh(self.first(y))),
+        "its forward depends on whether it is in training mode",
+    ),
     "fourth power": (lambda self, t, y: self.net(y**4), "pow() is none of the known activations"),
     "scaled state": (lambda self, t, y: self.net(2 * y), "mul() is no x * sigmoid(slope * x)"),
 }
@@ -569,6 +605,9 @@ def test_shapes_that_do_not_fit():
 def test_other_arguments():
     with pytest.raises(TypeError, match="func must be a module or a function, got int"):
         fuse(3)
+    for example in ([1.0], torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="example must be a tensor of at least one dimension"):
+            fuse(nn.Linear(2, 2), example)
     compiled = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
     with pytest.raises(FusionError, match=re.escape("has its forward replaced, for example by torch.compile")):
         fuse(compiled)

@@ -56,6 +56,7 @@ def _arguments(
     gradients: Sequence[Tensor | None] = (),
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:
     """Method, sizes, slope, networks and arrays for the kernels, and the tensors behind them, to be kept alive."""
+    tensors = tensors._replace(t=tensors.t.double())
     optional = [None if t is None else _dense(t) for t in (*tensors[:6], *tensors[10:])]
     y0, t, slopes, control, correction_slopes, injected, group, mask = optional
     kept, weights, biases = _layers(tensors.weights, tensors.biases, optional)
@@ -168,7 +169,8 @@ def backward(
         raise ValueError("saved must be what the forward on the CPU returned")
     grads = [None if g is None else _dense(g) for g in (grad_states, grad_norms, grad_energy)]
     gradients = empty_gradients(tensors, needed)
-    y0, t, _, control, _, injected = gradients[:6]
+    y0, grad_t, _, control, _, injected = gradients[:6]
+    t = None if grad_t is None else torch.zeros_like(grad_t, dtype=torch.float64)
     if injected is not None:
         injected.zero_()  # only those that were injected have a gradient
     if states.shape[0] == 1 or states.shape[1] == 0:  # nothing is integrated
@@ -179,4 +181,6 @@ def backward(
     _native_backward = getattr(_native.cpu, _KERNELS[states.dtype].backward)
     addresses = list(map(_pointer, (*grads, y0, t, control, injected)))
     _native_backward(*arguments, tape.data_ptr(), tape.numel(), addresses)
+    if grad_t is not None and t is not None:
+        grad_t.copy_(t)
     return gradients

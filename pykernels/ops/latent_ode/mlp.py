@@ -53,7 +53,8 @@ def mlp_odeint(
 
     Args:
         y0: states at the first time, shape (B, D), float32 or float64 (the reference takes any floating dtype).
-        t: times (T,), at least one, strictly increasing or decreasing; converted to the dtype of y0.
+        t: times (T,), at least one, strictly increasing or decreasing. Steps are computed in float64, or by the
+            reference in the dtype of t, which need not be that of y0.
         weights: of the layers, each (out, in) as in :class:`torch.nn.Linear`, the first with D + C inputs, the last
             with D outputs; or each (P, out, in): then sub-step n of the whole trajectory uses set n mod P, in all its
             stages. A residual network is Euler with steps of size 1 (t = 0, P, 2P, ... and ``substeps=P``).
@@ -257,7 +258,7 @@ def _check_times(t: Tensor, y0: Tensor, reads_values: bool) -> Tensor:
         raise ValueError(f"t must be on the device of y0, {y0.device}, got {t.device}")
     if reads_values:
         check_monotone(t.tolist())
-    return t if t.dtype == y0.dtype else t.to(y0.dtype)
+    return t if t.dtype in IS_DOUBLE else t.float()
 
 
 def check_monotone(times: list[float]) -> None:

@@ -124,7 +124,7 @@ def _check(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def _check_shapes(tensors: Tensors) -> None:
     """Raise unless the tensors fit together: the public function has checked more, but need not have been called."""
     (batch, dim), times, dtype = tensors.y0.shape, tensors.t.shape[0], tensors.y0.dtype
-    _check(tensors.t, (times,), dtype)
+    _check(tensors.t, (times,), tensors.t.dtype)
     features = tensors.weights[0].shape[-1]
     if tensors.control is not None:
         _check(tensors.control, (times - 1, batch, tensors.control.shape[2]), dtype)

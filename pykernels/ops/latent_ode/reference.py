@@ -53,7 +53,7 @@ class Tensors(NamedTuple):
 
     Args:
         y0: states at t[0], (B, D).
-        t: times (T,), monotone, of the dtype of y0.
+        t: times (T,), monotone, float32 or float64 whatever the dtype of y0.
         slopes: of silu, z sigmoid(slope z), one for each set and hidden layer (P, H); else None.
         control: held over each interval (T-1, B, C), or None.
         correction_slopes: like slopes, (G, H'), or None.
@@ -160,7 +160,7 @@ def field(tensors: Tensors, options: Options, interval: int, step: int) -> Calla
         if tensors.control is not None:
             parts.append(tensors.control[interval])
         if options.time_input:
-            parts.append(t.expand(y.shape[0], 1))
+            parts.append(t.to(y.dtype).expand(y.shape[0], 1))
         a = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         k = _network(a, weights, biases, slopes, options)
         if group is not None:

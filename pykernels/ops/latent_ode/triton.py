@@ -1086,7 +1086,7 @@ def prepare(p: Problem, transposed: bool) -> Prepared:
         samples, owners, bounds = blocks_of_groups(p, tensors.group)
     silu = options.activation == "silu"
     common: dict[str, Any] = {
-        "steps": h[:, None].expand(-1, options.substeps).reshape(-1),
+        "steps": h[:, None].expand(-1, options.substeps).reshape(-1).to(tensors.y0.dtype),
         "mask": contiguous(tensors.mask),
         "samples": samples,
         "groups": owners,
@@ -1103,7 +1103,7 @@ def prepare(p: Problem, transposed: bool) -> Prepared:
         common["correction_weights"] = pack_weights(p, tensors.correction_weights, p.networks[1], transposed)
         if silu:
             common["correction_slopes"] = slopes_of(tensors.correction_slopes, tensors.correction_weights)
-    return Prepared(common, starts.reshape(-1), bounds)
+    return Prepared(common, starts.reshape(-1).to(tensors.y0.dtype), bounds)
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
