@@ -164,7 +164,6 @@ def prepare(case: Trajectory, backward: bool, device: str) -> tuple[dict[str, An
     }
     if device == "cuda":
         runs["graphed eager"] = graphed(eager)
-        runs["graphed pykernels"] = graphed(runs["pykernels"])
     return runs, expected
 
 

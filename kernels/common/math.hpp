@@ -150,7 +150,7 @@ PK_INLINE Vec<T> erf(Vec<T> x) {
     return select_le(magnitude, Vec<T>(T(0.46875)), inner, outer);
 }
 
-// log(1 + exp x) = max(x, 0) + log1p(u), u = exp(-|x|), log1p u = 2 atanh(u / (2 + u)). Error below 3 ulp; NaN stays NaN.
+// log(1 + exp x) = max(x, 0) + log1p(u), u = exp(-|x|), log1p u = 2 atanh(u / (2 + u)). Error below 4 ulp; NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> softplus(Vec<T> x) {
     constexpr int terms = sizeof(T) == 4 ? 8 : 17;  // of atanh s = s + s^3/3 + ..., s <= 1/3

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import pykernels
-from pykernels.backends import OPERATORS
 from pykernels.ops.latent_ode.mlp import trajectory
 from pykernels.ops.latent_ode.reference import ACTIVATIONS, INPUT_MAPS
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
@@ -33,13 +32,7 @@ class Runner(NamedTuple):
 
 
 COMPILED = [Runner("cpu", capability) for capability in pykernels.cpu_capabilities()]
-RUNNERS = COMPILED + [
-    Runner(name)
-    for name, implementation in OPERATORS["mlp_odeint"].implementations.items()
-    if name != "cpu" and implementation.available().ok
-]
-#: Those that are compared with the reference.
-KERNELS = [runner for runner in RUNNERS if runner.backend != "reference"]
+RUNNERS = [*COMPILED, Runner("reference")]  # Triton has tests of its own
 
 
 class Problem(NamedTuple):

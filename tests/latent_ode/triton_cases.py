@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
+from pykernels.backends import OPERATORS
 from pykernels.ops.latent_ode.mlp import trajectory
+from pykernels.ops.latent_ode.reference import Options, Tensors
 
 Values = dict[str, Tensor]
 
 
 class Mode(NamedTuple):
-    """A problem: sizes and options. ``hidden`` are the widths between input and output."""
+    """A problem: sizes and options.
+
+    ``hidden`` are the widths between input and output; ``sets`` 0 means weights (out, in), not stacked.
+    """
 
     batch: int = 5
     dim: int = 3
@@ -23,7 +30,7 @@ class Mode(NamedTuple):
     activation: str = "tanh"
     method: str = "rk4_classic"
     substeps: int = 2
-    sets: int = 1
+    sets: int = 0
     controls: int = 0
     groups: int = 0
     correction: tuple[int, ...] = (5,)
@@ -52,16 +59,16 @@ class Mode(NamedTuple):
         t = t.cumsum(0) * 0.3
         found["t"] = t.flip(0) if self.falling else t
         inputs = self.dim + self.controls + self.time_input
-        networks = [("", self.sets, self.hidden)]
+        networks = [("", (self.sets,) if self.sets else (), self.hidden)]
         if self.groups:
-            networks.append(("correction ", self.groups, self.correction))
+            networks.append(("correction ", (self.groups,), self.correction))
         for name, count, hidden in networks:
             widths = (inputs, *hidden, self.dim)
             for i, (n, m) in enumerate(pairwise(widths)):
-                found[f"{name}weight {i}"] = random(count, m, n) / n**0.5
-                found[f"{name}bias {i}"] = random(count, m) / 2
+                found[f"{name}weight {i}"] = random(*count, m, n) / n**0.5
+                found[f"{name}bias {i}"] = random(*count, m) / 2
             if self.activation == "silu":
-                found[f"{name}slope"] = 1 + random(count, len(hidden)) / 4
+                found[f"{name}slope"] = 1 + random(*count, len(hidden)) / 4
         if self.controls:
             found["control"] = random(self.times - 1, self.batch, self.controls)
         if self.reinject:
@@ -79,10 +86,20 @@ class Mode(NamedTuple):
             if keep
         ]
 
-    def run(self, tensors: Values, backend: str, **changed: Any) -> tuple[Tensor, ...]:
-        """States, and norms and energy where the mode has them."""
+    def choices(self, device: str = "cpu") -> Values:
+        """The groups of the samples, and which states are injected."""
         generator = torch.Generator().manual_seed(7)
-        device = tensors["y0"].device
+        found = {}
+        if self.groups:
+            found["group"] = torch.randint(self.groups, (self.batch,), generator=generator).to(device)
+        if self.reinject:
+            found["mask"] = (torch.rand(self.times, self.batch, generator=generator) < 0.4).to(device)
+        return found
+
+    def run(self, tensors: Values, backend: str, choices: Values | None = None, **changed: Any) -> tuple[Tensor, ...]:
+        """States, and norms and energy where the mode has them."""
+        if choices is None:
+            choices = self.choices(str(tensors["y0"].device))
         options: dict[str, Any] = {
             "activation": self.activation,
             "method": self.method,
@@ -102,10 +119,9 @@ class Mode(NamedTuple):
             if "correction slope" in tensors:
                 correction.append(tensors["correction slope"])
             options["correction"] = correction
-            options["group"] = torch.randint(self.groups, (self.batch,), generator=generator).to(device)
+            options["group"] = choices["group"]
         if self.reinject:
-            mask = torch.rand(self.times, self.batch, generator=generator) < 0.4
-            options["reinject"] = (mask.to(device), tensors["injected"])
+            options["reinject"] = (choices["mask"], tensors["injected"])
         layers = range(len(self.hidden) + 1)
         weights, biases = ([tensors[f"{kind} {i}"] for i in layers] for kind in ("weight", "bias"))
         results = trajectory(tensors["y0"], tensors["t"], weights, biases, **{**options, **changed})
@@ -135,6 +151,7 @@ OPTIONS = [
         for m in ("square", "cube", "sin", "cos", "tanh")
     ),
     Mode(hidden=(), method="midpoint"),
+    Mode(hidden=(), activation="silu", sets=1, method="midpoint"),
     Mode(hidden=(), groups=2, correction=(), method="euler"),
     Mode(hidden=(4,), sets=3, times=5, method="midpoint"),
     Mode(sets=7, times=3, substeps=2, method="euler", activation="silu"),
@@ -165,6 +182,21 @@ PIECES = [
     Mode(max_memory=600_000, times=5, sets=3, groups=2, activation="silu", method="midpoint"),
     Mode(max_memory=100_000, times=4, hidden=(66,), method="euler"),
 ]
+
+
+def arguments_of(mode: Mode, dtype: torch.dtype) -> tuple[Tensors, Options]:
+    """What the public function makes of a mode's arguments."""
+    seen: list[tuple[Tensors, Options]] = []
+
+    def run(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append((tensors, options))
+        return tensors.y0, tensors.y0, tensors.y0
+
+    implementations = OPERATORS["mlp_odeint"].implementations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(implementations, "reference", replace(implementations["reference"], run=run))
+        mode.run(mode.tensors(dtype), "reference")
+    return seen[0]
 
 
 def error(value: Tensor, expected: Tensor) -> float:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from pykernels.ops.latent_ode import triton as kernels
-from pykernels.ops.latent_ode.op import saving_op
-from pykernels.ops.latent_ode.reference import Options, Tensors
+from pykernels.ops.latent_ode.op import backward_op, saving_op
 
-from .triton_cases import OPTIONS, PIECES, SIZES, Mode, check_accuracy, check_float64, error
+from .triton_cases import OPTIONS, PIECES, SIZES, Mode, arguments_of, check_accuracy, check_float64, error
 
 NAN = float("nan")
 #: Nearly every option in a narrow and a wide network.
@@ -35,12 +32,8 @@ MANY = [
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned(poisoned: None) -> None:
+    pass
 
 
 @pytest.fixture
@@ -93,7 +86,7 @@ def test_one_product_for_all_blocks(shape, monkeypatch):
     check_float64(Mode(batch=33, hidden=shape, sets=2, groups=2, method="euler"), "cpu")
 
 
-@pytest.mark.parametrize("mode", [*OPTIONS[1::5], *SIZES[::5], *MANY], ids=str)
+@pytest.mark.parametrize("mode", [*OPTIONS[1::5], *SIZES[::5], MANY[0]], ids=str)
 def test_accuracy(mode: Mode):
     check_accuracy(mode, "cpu", seeds=2)
 
@@ -128,6 +121,17 @@ def test_one_value_for_all():
         assert error(value, expected[name]) <= 1e-12, name
 
 
+@pytest.mark.parametrize(("dtype", "of_t"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_times_of_another_dtype(dtype, of_t):
+    mode = MANY[0]
+    tensors, grads = mode.tensors(dtype), mode.grads(dtype)
+    tensors["t"] = tensors["t"].to(of_t)
+    actual, expected = (mode.results(tensors, grads, backend) for backend in ("triton", "reference"))
+    for name, value in actual.items():
+        assert value.dtype == expected[name].dtype, name
+        assert error(value, expected[name]) <= 1e-5, name
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_samples_do_not_depend_on_each_other():
     mode = MANY[0]._replace(batch=18, reinject=False, input_map="none")
@@ -142,8 +146,10 @@ def test_samples_do_not_depend_on_each_other():
     assert actual[0][:, 3].isnan().all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "softplus", "silu", "elu", "sin"])
-@pytest.mark.parametrize("hidden", [(7, 6), (70,)], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "hidden"),
+    [*((name, (7, 6)) for name in ("relu", "leaky_relu", "tanh", "softplus", "silu", "elu", "sin")), ("silu", (70,))],
+)
 def test_nan_reaches_what_depends_on_it_and_nothing_else(activation, hidden):
     mode = Mode(hidden=hidden, activation=activation, method="midpoint", substeps=1, norms=True, energy=True)
     tensors, grads = mode.tensors(torch.float64), mode.grads(torch.float64)
@@ -201,8 +207,8 @@ def test_only_the_gradients_that_are_needed(mode: Mode, launches):
     mode = mode._replace(times=2, substeps=1)
     tensors, grads = mode.tensors(torch.float64), mode.grads(torch.float64)
     expected = mode.results(tensors, grads, "triton")
-    parameters = ("slope", "correction slope", "weight 0", "correction bias 1")
-    for name in ("y0", "t", "control", "injected", *parameters):
+    parameters = ("slope", "weight 0", "correction bias 1")
+    for name in ("y0", "t", "injected", *parameters):
         launches.clear()
         leaves = {n: t.clone().requires_grad_(n == name) for n, t in tensors.items()}
         torch.autograd.backward(mode.run(leaves, "triton"), grads)
@@ -246,21 +252,20 @@ def test_wrong_groups_do_not_reach_outside():
 
 @pytest.mark.parametrize("mode", [OPTIONS[0], *PIECES[:3], *MANY, Mode(batch=0), Mode(times=1)], ids=str)
 def test_what_is_saved_is_what_tracing_expects(mode: Mode):
-    tensors = mode.tensors(torch.float64)
-    seen: list[tuple[Tensors, Options]] = []
-    forward = kernels.forward
-
-    def watched(tensors, options, save):
-        seen.append((tensors, options))
-        return forward(tensors, options, save)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "forward", watched)
-        mode.run(tensors, "triton")
-    ((arguments, options),) = seen
-    *_, saved = saving_op(*arguments, *options, "triton")
-    expected = kernels.saved_fake(arguments, options)
+    tensors, options = arguments_of(mode, torch.float64)
+    *_, saved = saving_op(*tensors, *options, "triton")
+    expected = kernels.saved_fake(tensors, options)
     assert [(t.shape, t.dtype) for t in saved] == [(t.shape, t.dtype) for t in expected]
+
+
+def test_raw_operators_refuse_what_was_not_saved_for_them():
+    tensors, options = arguments_of(Mode(method="euler"), torch.float64)
+    states, _, _, saved = saving_op(*tensors, *options, "triton")
+    needed = [True] * (6 + 2 * len(tensors.weights))
+    for wrong in ([], [saved[0][:, :, 1:]], saved * 2):
+        with pytest.raises(ValueError, match=r"^saved must be one tensor of shape"):
+            backward_op(states, None, None, states, wrong, *tensors, *options, "triton", needed)
+    assert len(backward_op(states, None, None, states, saved, *tensors, *options, "triton", needed)) == len(needed)
 
 
 def test_derivatives_of_derivatives():

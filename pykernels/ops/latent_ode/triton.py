@@ -39,8 +39,8 @@ from torch import Tensor
 
 from pykernels.ops._triton_math import expm1_of_negative, sigmoid, softplus, tanh
 from pykernels.ops.latent_ode import reference
-from pykernels.ops.latent_ode.op import differentiable, empty_gradients, empty_results
-from pykernels.ops.latent_ode.reference import Options, Tensors
+from pykernels.ops.latent_ode.op import empty_gradients, empty_results
+from pykernels.ops.latent_ode.reference import Options, Tensors, stacked
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 #: Programs that are enough for a GPU: blocks of samples grow beyond 16 only where that many remain.
@@ -173,7 +173,16 @@ def row_of(n, program, programs, sets, repeats, stages, BLOCK: tl.constexpr, ROW
 
 @triton.jit
 def load_extra(
-    control, sample, exists, interval, batch, time, BLOCK: tl.constexpr, C: tl.constexpr, EP: tl.constexpr, ACC
+    control,
+    sample,
+    exists,
+    interval,
+    batch,
+    time,
+    BLOCK: tl.constexpr,
+    C: tl.constexpr,
+    EP: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """[z, t] (BLOCK, EP): the control of the interval, then the time, which is masked by zeros in the weights."""
     c = tl.arange(0, EP)[None, :]
@@ -1039,7 +1048,7 @@ class Problem:
             "NARROW": self.narrow,
             "BLOCK": self.block,
             "ACC": ACCUMULATOR[self.dtype],
-            "num_warps": self.block // 4,
+            "num_warps": min(16, max(self.block // 4, self.block * self.dp // 1024)),
         }
 
     def piece(self) -> int:
@@ -1062,6 +1071,13 @@ class Problem:
         make = torch.empty if sets * repeats == substeps else torch.zeros
         return make((sets, programs, repeats * samples, row), dtype=self.dtype, device=self.device)
 
+    def saved_shape(self) -> tuple[int, ...]:
+        """Of what the forward keeps: all rows, or the state before each piece."""
+        if self.piece() == self.substeps:
+            sets, programs, repeats, samples = self.rows_shape(self.substeps)
+            return sets, programs, repeats * samples, self.row
+        return triton.cdiv(self.substeps, self.piece()), self.batch, self.dim
+
     def scratch(self, row: int) -> Tensor:
         """A row for each sample of a block."""
         return torch.empty((self.programs, self.block, row), dtype=self.dtype, device=self.device)
@@ -1078,7 +1094,7 @@ class Prepared(NamedTuple):
 def prepare(p: Problem, transposed: bool) -> Prepared:
     """Contiguous tensors, packed parameters, times of the sub-steps, samples by group."""
     tensors, options = p.tensors, p.options
-    t = tensors.t.resolve_neg()
+    t = tensors.t.double()
     h = (t[1:] - t[:-1]) / options.substeps
     starts = t[:-1, None] + torch.arange(options.substeps, dtype=t.dtype, device=t.device) * h[:, None]
     samples = owners = bounds = None
@@ -1161,14 +1177,6 @@ def blocks_of_groups(p: Problem, group: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return samples.reshape(-1), owner, bounds
 
 
-def stacked(tensors: Tensors) -> Tensors:
-    """The same with weights (P, out, in) and biases (P, out), views where they were (out, in)."""
-    if tensors.weights[0].dim() == 3:
-        return tensors
-    weights, biases = [w.unsqueeze(0) for w in tensors.weights], [b.unsqueeze(0) for b in tensors.biases]
-    return tensors._replace(weights=weights, biases=biases)
-
-
 def forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """States, norms, energy and what the backward needs; see ``op.py``."""
     tensors = stacked(tensors)
@@ -1181,7 +1189,7 @@ def forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensor, Ten
     rows = p.new_rows(p.substeps, p.row) if save and whole else None
     checkpoints = None
     if save and not whole:
-        checkpoints = states.new_empty((triton.cdiv(p.substeps, p.piece()), p.batch, p.dim))
+        checkpoints = states.new_empty(p.saved_shape())
     start = tensors.y0.resolve_neg().contiguous()
     run_forward(
         p,
@@ -1248,11 +1256,7 @@ def saved_fake(tensors: Tensors, options: Options) -> list[Tensor]:
     """Empty tensors like what the forward saves."""
     if tensors.y0.numel() == 0 or tensors.t.shape[0] == 1:
         return []
-    p = Problem(stacked(tensors), options)
-    if p.piece() == p.substeps:
-        sets, programs, repeats, samples = p.rows_shape(p.substeps)
-        return [tensors.y0.new_empty((sets, programs, repeats * samples, p.row))]
-    return [tensors.y0.new_empty((triton.cdiv(p.substeps, p.piece()), p.batch, p.dim))]
+    return [tensors.y0.new_empty(Problem(stacked(tensors), options).saved_shape())]
 
 
 def backward(
@@ -1264,32 +1268,35 @@ def backward(
     tensors: Tensors,
     options: Options,
     needed: Sequence[bool],
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """The gradients of :func:`pykernels.ops.latent_ode.op.differentiable`; see ``op.py``."""
     gradients = empty_gradients(tensors, needed)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()  # nearly all are added to
     if states.numel() == 0 or states.shape[0] == 1:
-        for gradient in gradients:
-            gradient.zero_()
-        if needed[0]:
+        if gradients[0] is not None:
             gradients[0].copy_(grad_states.sum(0))
         return gradients
+    p = Problem(stacked(tensors), options)
+    if [t.shape for t in saved] != [p.saved_shape()]:
+        raise ValueError(
+            f"saved must be one tensor of shape {p.saved_shape()}, got {[tuple(t.shape) for t in saved]}; "
+            "call pykernels.mlp_odeint rather than the raw operator"
+        )
     grad_norms = grad_norms if options.norms else None
     grad_energy = grad_energy if options.energy != "none" else None
-    Backward(tensors, options, gradients, needed).run(grad_states, grad_norms, grad_energy, saved[0])
+    Backward(p, tensors, gradients).run(grad_states, grad_norms, grad_energy, saved[0])
     return gradients
 
 
 class Backward:
     """One backward: the gradients it writes, and the pieces of the trajectory they come from."""
 
-    def __init__(self, tensors: Tensors, options: Options, gradients: list[Tensor], needed: Sequence[bool]) -> None:
-        self.p = Problem(stacked(tensors), options)
-        wanted = zip(gradients, needed, differentiable(tensors), strict=True)
-        found = [g if need and t is not None else None for g, need, t in wanted]
+    def __init__(self, p: Problem, tensors: Tensors, gradients: Sequence[Tensor | None]) -> None:
+        self.p = p
+        found = list(gradients)
         self.y0, self.t, self.slopes, self.control, self.correction_slopes, self.injected = found[:6]
-        for gradient in found[1:]:
-            if gradient is not None:
-                gradient.zero_()  # most are added to; of injected states, the last has no effect
         if tensors.weights[0].dim() == 2:
             shared = slice(6, 6 + 2 * len(tensors.weights))
             found[shared] = [None if g is None else g.unsqueeze(0) for g in found[shared]]
@@ -1355,8 +1362,8 @@ class Backward:
     def _add_times(self, grad: Tensor, sums: Tensor) -> None:
         """Sub-step j of interval i starts at t[i] + j h and has size h = (t[i+1] - t[i]) / substeps."""
         substeps = self.p.options.substeps
-        start, size = sums.sum(1).unflatten(0, (-1, substeps)).unbind(2)
-        j = torch.arange(substeps, dtype=grad.dtype, device=grad.device)
+        start, size = sums.sum(1, dtype=torch.float64).unflatten(0, (-1, substeps)).unbind(2)
+        j = torch.arange(substeps, dtype=torch.float64, device=grad.device)
         by_size = (size + j * start).sum(1) / substeps
         grad[:-1] += start.sum(1) - by_size
         grad[1:] += by_size
