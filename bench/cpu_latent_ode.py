@@ -53,8 +53,7 @@ def bench_rollout(substeps: int, backward: bool, limits: Limits, seconds: float)
     frames, per_frame = (frames, per_frame) if extra == 0 else (substeps // 2, 2)
     widths = (dim, 512, 512, 512, dim)
     sizes = (2 * dim, *widths[1:])
-    weights = [torch.randn(o, i) * (2 / i) ** 0.5 for i, o in pairwise(sizes)]
-    weights[-1] *= 0.1
+    weights = [torch.randn(o, i) / i**0.5 for i, o in pairwise(sizes)]
     tensors = [torch.randn(batch, dim), torch.randn(frames, batch, dim), *weights, *(torch.zeros(o) for o in sizes[1:])]
     layers = len(weights)
 
