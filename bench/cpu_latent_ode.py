@@ -97,7 +97,7 @@ def bench_rollout(substeps: int, backward: bool, limits: Limits, seconds: float)
         return both
 
     expected = run(loop, torch.float64)()
-    ways = {"pykernels": ours, "eager": loop, "compiled": torch.compile(loop, dynamic=False)}
+    ways = {"pykernels": ours, "loop": loop, "compiled loop": torch.compile(loop, dynamic=False)}
     runs = {name: run(function, torch.float32) for name, function in ways.items()}
     errors = {name: max(map(relative_error, f(), expected)) for name, f in runs.items()}
     results = compare([Contender(*r) for r in runs.items()], seconds=seconds, most_threads=limits.threads)
