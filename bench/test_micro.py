@@ -46,3 +46,13 @@ def test_weight_norm(benchmark):
     v, g = [torch.randn(40, 40, 3) for _ in range(22)], [torch.randn(40, 1, 1) for _ in range(22)]
     weights = benchmark(lambda: pykernels.ops.weight_norm(v, g))
     torch.testing.assert_close(weights[0], torch._weight_norm(v[0], g[0], 0))
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_trajectory(benchmark, batch):
+    field = pykernels.nn.MLPField((2, 64, 64, 2), "tanh")
+    y0, t = torch.randn(batch, 2), torch.linspace(0, 1, 101)
+    with torch.no_grad():
+        expected = field.trajectory(y0, t, method="rk4", backend="reference")
+        states = benchmark(lambda: field.trajectory(y0, t, method="rk4"))
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)

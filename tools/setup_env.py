@@ -27,7 +27,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUM_PYTHON = (3, 11)
 EXTRAS = ("models", "data", "plot")
 MORE_EXTRAS = {"test": ("triton",)}
-GROUPS = {"demo": (), "bench": ("test",), "test": ("test",), "docs": ("docs",), "lint": ("lint",)}
+GROUPS = {"demo": (), "bench": ("test", "bench"), "test": ("test",), "docs": ("docs",), "lint": ("lint",)}
 # scikit-build-core asks for these under build isolation only. Without isolation a rebuild works offline.
 BUILD_PROGRAMS = ("cmake>=3.18", "ninja")
 PACKAGE_SOURCES = ("pyproject.toml", "CMakeLists.txt", "kernels", "csrc", "pykernels")
