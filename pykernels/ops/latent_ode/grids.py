@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,15 +27,17 @@ def readable(t: Tensor) -> bool:
 
 def check_times(t: Tensor) -> None:
     """Raises ValueError if ``t`` is not strictly increasing or decreasing, as far as its values are readable."""
-    if not readable(t):
-        return
-    steps = t.detach().diff()
-    if not ((steps > 0).all() or (steps < 0).all()):
-        raise _not_monotone(t.tolist())
+    if readable(t):
+        check_monotone(t.tolist())
 
 
-def _not_monotone(times: list[float]) -> ValueError:
-    return ValueError(f"t must be strictly increasing or strictly decreasing, got {times}")
+def check_monotone(times: list[float]) -> None:
+    """Raises ValueError unless the times are finite and strictly increasing or decreasing."""
+    ordered = sorted(times)
+    directed = times in (ordered, ordered[::-1]) and len(set(times)) == len(times)
+    if not directed or not math.isfinite(sum(times)):
+        shown = times if len(times) <= 10 else f"[{', '.join(map(str, times[:5]))}, ..., {times[-1]}]"
+        raise ValueError(f"t must be strictly increasing or strictly decreasing, and finite, got {shown}")
 
 
 def equal_substeps(t: Tensor, step_size: float | Tensor | None) -> int | None:
@@ -112,8 +113,7 @@ def locate(grid: Tensor, t: Tensor, ends: list[float], times: list[float]) -> Ou
         ValueError: if ``times`` are not monotone, which has not been looked at where t is on a device.
     """
     sign = 1.0 if times[-1] > times[0] else -1.0
-    if not all(sign * (b - a) > 0 for a, b in pairwise(times)):
-        raise _not_monotone(times)
+    check_monotone(times)
     of_step: list[list[tuple[int, bool]]] = []
     step_of: list[int] = []
     j = 1

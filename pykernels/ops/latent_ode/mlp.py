@@ -15,6 +15,7 @@ from pykernels.backends import YES, Answer, Check, Implementation, Operator, reg
 from pykernels.ops._check import compare
 from pykernels.ops._memory import IS_DOUBLE
 from pykernels.ops.latent_ode import autograd, cost, reference
+from pykernels.ops.latent_ode.grids import check_monotone
 from pykernels.ops.latent_ode.reference import ACTIVATIONS, INPUT_MAPS, Options, Tensors
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
@@ -259,16 +260,6 @@ def _check_times(t: Tensor, y0: Tensor, reads_values: bool) -> Tensor:
     if reads_values:
         check_monotone(t.tolist())
     return t if t.dtype in IS_DOUBLE else t.float()
-
-
-def check_monotone(times: list[float]) -> None:
-    """Raise unless the times are finite and strictly increasing or decreasing."""
-    if not math.isfinite(sum(times)):
-        raise ValueError("t must be finite")
-    ordered = sorted(times)
-    if (times != ordered and times != ordered[::-1]) or len(set(times)) != len(times):
-        shown = times if len(times) <= 10 else f"[{', '.join(map(str, times[:5]))}, ..., {times[-1]}]"
-        raise ValueError(f"t must be strictly increasing or strictly decreasing, got {shown}")
 
 
 def _check_choice(value: Any, name: str, known: dict[str, Any]) -> None:
