@@ -32,11 +32,13 @@ def check_times(t: Tensor) -> None:
         return
     steps = t.detach().diff()
     if not ((steps > 0).all() or (steps < 0).all()):
-        raise _not_monotone(t.tolist())
+        raise not_monotone(t.tolist())
 
 
-def _not_monotone(times: list[float]) -> ValueError:
-    return ValueError(f"t must be strictly increasing or strictly decreasing, got {times}")
+def not_monotone(times: list[float]) -> ValueError:
+    """The error that shows these times, or the ends of many."""
+    shown = times if len(times) <= 10 else f"[{', '.join(map(str, times[:5]))}, ..., {times[-1]}]"
+    return ValueError(f"t must be strictly increasing or strictly decreasing, got {shown}")
 
 
 def equal_substeps(t: Tensor, step_size: float | Tensor | None) -> int | None:
@@ -113,7 +115,7 @@ def locate(grid: Tensor, t: Tensor, ends: list[float], times: list[float]) -> Ou
     """
     sign = 1.0 if times[-1] > times[0] else -1.0
     if not all(sign * (b - a) > 0 for a, b in pairwise(times)):
-        raise _not_monotone(times)
+        raise not_monotone(times)
     of_step: list[list[tuple[int, bool]]] = []
     step_of: list[int] = []
     j = 1
