@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 
@@ -23,6 +24,14 @@ class MissingExtraError(ModuleNotFoundError):
             f"or give pip the path of the wheel followed by [{extra}]",
             name=package,
         )
+
+
+def users_line() -> int:
+    """The stacklevel with which the caller's warning points at the line outside of this package and of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pykernels", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def require(module: str, package: str, extra: str, purpose: str) -> ModuleType:

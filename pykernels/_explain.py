@@ -278,7 +278,7 @@ def _call(
 ) -> Call:
     shapes: dict[str, Shape | list[Shape]] = {}
     first: Tensor | None = None
-    for name, value in zip(names, args, strict=False):
+    for name, value in _named(names, args):
         if isinstance(value, Tensor):
             shapes[name] = tuple(value.shape)
             first = value if first is None else first
@@ -289,6 +289,15 @@ def _call(
     assert first is not None
     work = None if cost is None else cost(*args)
     return Call(operator, "forward", "", backend, None, [], None, [], shapes, first.dtype, first.device, 0.0, work)
+
+
+def _named(names: Sequence[str], args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments with their names; those that come together in a named tuple one by one."""
+    for name, value in zip(names, args, strict=False):
+        if hasattr(value, "_asdict"):
+            yield from value._asdict().items()
+        else:
+            yield name, value
 
 
 def _timed(call: Call, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -28,7 +28,7 @@ def available() -> Answer:
 
 def can_run(x: Tensor) -> Answer:
     if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
-        return Answer(False, f"x is on {x.device}, not on a GPU")
+        return Answer(False, f"the tensors are on {x.device}, not on a GPU")
     if x.dtype not in DTYPES:
         return Answer(False, f"dtype {x.dtype} is not supported, only {', '.join(str(d)[6:] for d in DTYPES)}")
     if find_spec("triton") is None:

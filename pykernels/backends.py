@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from pykernels._errors import users_line
+
 #: Every backend, in the order in which the automatic choice tries them.
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -238,7 +240,7 @@ def _warn_fallback(operator: str, reason: str) -> None:
     )
     if message not in _state.warned:
         _state.warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, users_line())
 
 
 def available_backends() -> dict[str, dict[str, Answer]]:

@@ -111,6 +111,19 @@ def test_a_training_step():
     assert "weights of 16 tensors" in str(explanation)
 
 
+def test_trajectories_name_their_tensors():
+    field = pykernels.nn.MLPField((2, 4, 2), "tanh")
+    explanation = explain(lambda: field.trajectory(X[0, :2].T, torch.linspace(0, 1, 5)).sum().backward())
+    forward, backward = explanation.calls
+    assert forward.shapes == {
+        "y0": (50, 2),
+        "t": (5,),
+        "weights": [(4, 2), (2, 4)],
+        "biases": [(4,), (2,)],
+    }
+    assert forward.shapes.items() <= backward.shapes.items()
+
+
 @pytest.mark.parametrize("by", ["argument", "context"])
 def test_the_reference_and_who_asked_for_it(by):
     w = torch.randn(4, 3, 2, requires_grad=True)

@@ -250,8 +250,8 @@ void strided_product(const StridedProduct<T>& p, Index vectors, const Start<T>& 
     if (vectors - v == 1) strided_rows<T, 1, split>(p, v * lanes, start);
 }
 
-// Transposed blocks: out[j][i] = in[i][j] for rows x columns elements, where rows and columns are filled up to whole vectors
-// with what `in` holds, which must be readable, and `out` must be writable there.
+// out[j][i] = in[i][j] for rows x columns elements. Columns are read, and rows and columns written, up to whole vectors; what
+// is written behind them has no meaning.
 #ifdef PK_PLAIN
 template <class T>
 void transpose(T* out, Index out_row, const T* in, Index in_row, Index rows, Index columns) {

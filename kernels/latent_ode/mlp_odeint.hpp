@@ -9,8 +9,9 @@
 //   +----------+
 //
 // A block lies in memory in one of two ways. Many samples: lanes, element (feature f, sample s) at f * width + s, so that the
-// vectors run along the samples and nothing is padded but the samples. Where the samples would not fill their vectors: rows, (f, s) at s * padded(f) + f, where
-// the vectors run along the features. pykernels/ops/latent_ode/README.md derives the adjoint.
+// vectors run along the samples and nothing is padded but the samples. Where the samples would not fill their vectors: rows,
+// (f, s) at s * padded(features) + f, where the vectors run along the features. pykernels/ops/latent_ode/README.md derives the
+// adjoint.
 //
 // Cost: 2 * stages * steps * samples * sum(in * out) flops forward, twice that again backward.
 #pragma once
@@ -54,8 +55,8 @@ struct MLPOdeint {
     InputMap input_map;
     Energy energy_kind;
     bool check_finite;
-    const Network<T>*
-        networks;  // the shared one, whose set n mod sets serves step n, and perhaps the correction of a group
+    // The shared one, whose set n mod sets serves sub-step n, and perhaps the corrections of groups.
+    const Network<T>* networks;
     int n_networks;
     const T* y0;                // (batch, dim)
     const double* t;            // (times)

@@ -205,16 +205,15 @@ private:
     }
 
     // sum[s] = <a, b> of each sample, added up in the same order however a block lies: the bits must not depend on that.
+    // It is 0 for samples that are not there.
     void dot_samples(T* sum, const T* a, const T* b) const {
+        clear(sum, plan_.width);
         if (plan_.rows) {
             const Index row = padded<T>(p_.dim);
-            for (Index s = 0; s < block_.count; ++s) {
-                sum[s] = 0;
+            for (Index s = 0; s < block_.count; ++s)
                 for (Index f = 0; f < p_.dim; ++f) sum[s] += a[s * row + f] * b[s * row + f];
-            }
             return;
         }
-        clear(sum, plan_.width);
         for (Index f = 0; f < p_.dim; ++f)
             for (Index s = 0; s < plan_.width; s += Vec<T>::lanes) {
                 const Index at = f * plan_.width + s;
@@ -719,7 +718,7 @@ void pack_layer(const Packing<T>& context, int network, Index set, Index l) {
     pack_columns(packed + layer.backward_at, weight, layer.out, layer.in, false);
 }
 
-// The layer of a network and set, and which of `parts` of it, that a task is about.
+// The layer of a network and set that a task is about.
 struct Item {
     int network;
     Index set, layer;

@@ -13,8 +13,8 @@ struct SampleBlock {
 
 struct LayerPlan {
     std::int64_t in, out;
-    std::int64_t input_at,
-        output_at;               // in a record: its input, and act of its output; the last one's output is not there
+    // In a record: its input, and act of its output; the last one's output is not there.
+    std::int64_t input_at, output_at;
     std::int64_t argument_at;    // in a record: the output before the activation, or -1 where not needed
     std::int64_t delta_at;       // in a delta record: the gradient of the output before the activation
     std::int64_t transposed_at;  // in a transposed record: the input, a row for each sample

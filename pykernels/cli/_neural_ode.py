@@ -59,14 +59,14 @@ def add(systems: dict[str, Any]) -> None:
 def _add_settings(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     parser.add_setting("--data", group=data, choices=["pendulum"], default="pendulum", help="default: pendulum")
-    for name, kind, default, text in (
-        ("--t0", positive_number, 6.0, "period of small swings; published are 6 and 12"),
-        ("--damping", not_negative, 0.2, "of the pendulum"),
-        ("--noise", not_negative, 0.01, "standard deviation of the noise on all observations"),
-        ("--trajectories", positive, 25, "to train on, to validate with, and to test on"),
+    for name, kind, default, metavar, text in (
+        ("--t0", positive_number, 6.0, "X", "period of small swings; published are 6 and 12"),
+        ("--damping", not_negative, 0.2, "X", "of the pendulum"),
+        ("--noise", not_negative, 0.01, "X", "standard deviation of the noise on all observations"),
+        ("--trajectories", positive, 25, "N", "as many to train on, to validate with and to test on"),
     ):
         parser.add_setting(
-            name, group=data, type=kind, default=default, metavar="X", help=f"{text} (default: {default})"
+            name, group=data, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})"
         )
     parser.add_setting(
         "--steps", type=positive, default=5000, metavar="N", help="at most so many training steps (default: 5000)"

@@ -312,7 +312,7 @@ class MLPField(nn.Module):
             y0 = y0.reshape(batch, dim)
             control = None if control is None else _flat(control, "control", lead, 1)
             group = group if group is None else _flat(group, "group", lead, 0)
-            if reinject is not None and len(reinject) == 2:
+            if isinstance(reinject, (tuple, list)) and len(reinject) == 2:
                 mask, states = reinject
                 reinject = (
                     _flat(mask, "the mask of reinject", lead, 1),

@@ -507,6 +507,8 @@ def test_wrong_types_and_calls():
     field = MLPField((2, 4, 2), "tanh", dtype=torch.float64)
     with pytest.raises(TypeError, match="y0 must be a tensor, got list"):
         field.trajectory([1.0, 2.0], TIMES)
+    with pytest.raises(TypeError, match=re.escape("reinject must be a tuple (mask, states)")):
+        field.trajectory(random(2, 3, 2), TIMES, reinject=3)
     with pytest.raises(ValueError, match="control must not be given to a field with control_dim=0"):
         field.trajectory(random(3, 2), TIMES, control=random(3, 3, 1))
     with pytest.raises(ValueError, match="z must not be given to a field with control_dim=0"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pykernels import mlp_odeint
+from pykernels import backends, mlp_odeint
+from pykernels.nn import MLPField
 from pykernels.ops.latent_ode.mlp import trajectory
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
@@ -58,12 +59,14 @@ REFUSED = [
     (ValueError, "method must be one of ", {"method": None}),
     (ValueError, "activation must be one of 'relu', 'leaky_relu', ", {"activation": "gelu"}),
     (ValueError, "activation must be one of ", {"activation": None}),
+    (ValueError, "activation must be one of ", {"activation": ["tanh", "tanh"]}),
     (ValueError, "input_map must be one of 'none', 'square', ", {"input_map": "exp"}),
     (ValueError, "substeps must be an int of at least 1, got 0", {"substeps": 0}),
     (ValueError, "substeps must be an int of at least 1, got 1.5", {"substeps": 1.5}),
     (ValueError, "substeps must be an int of at least 1, got True", {"substeps": True}),
+    (ValueError, "substeps must be at most 2147483648, got 9223372036854775808", {"substeps": 2**63}),
     (TypeError, "weights must be a list of at least one tensor, got Tensor", {"weights": zeros(2, 2)}),
-    (TypeError, "weights must be a list of at least one tensor, got list", {"weights": [], "biases": []}),
+    (TypeError, "weights must be a list of at least one tensor, got an empty one", {"weights": [], "biases": []}),
     (TypeError, "weights[1] must be a tensor, got NoneType", {"weights": [zeros(5, 2), None]}),
     (TypeError, "weights[0] must have the dtype of y0", {"weights": [zeros(5, 2, dtype=DOUBLE), zeros(2, 5)]}),
     (ValueError, "weights[0] must be on the device", {"weights": [torch.zeros(5, 2, device="meta"), zeros(2, 5)]}),
@@ -124,6 +127,8 @@ REFUSED = [
     (ValueError, "reinject must have shapes (3, 4) and (3, 4, 2)", {"reinject": (MASK[1:], STATES)}),
     (ValueError, "reinject must have shapes (3, 4) and (3, 4, 2)", {"reinject": (MASK, STATES[1:])}),
     (ValueError, "return_energy must be False, True or 'time', got 'space'", {"return_energy": "space"}),
+    (ValueError, "return_energy must be False, True or 'time', got ['time']", {"return_energy": ["time"]}),
+    (TypeError, "validate must be True, False or None, got 'yes'", {"validate": "yes"}),
     (ValueError, "max_memory must be a number of bytes, at least 0, got -1", {"max_memory": -1}),
     (ValueError, "max_memory must be a number of bytes, at least 0, got 1000.0", {"max_memory": 1e3}),
     (ValueError, "backend must be one of", {"backend": "abacus"}),
@@ -222,3 +227,24 @@ def test_a_start_that_is_not_finite(runner, times):
     with pytest.raises(FloatingPointError, match="the state of sample 2 is not finite"):
         mlp_odeint(y0, torch.arange(float(times)), [torch.zeros(2, 2)], None, activation="tanh", method="euler",
                    backend=runner.use())  # fmt: skip
+
+
+def test_any_number_of_bytes_is_a_limit():
+    torch.testing.assert_close(call(max_memory=2**70), call())
+
+
+def _half_field(y0, t):
+    return MLPField((2, 3, 2), "tanh", dtype=y0.dtype).trajectory(y0, t)
+
+
+def _half_weights(y0, t):
+    return mlp_odeint(y0, t, [y0.new_zeros(2, 2)], None, activation="tanh", method="rk4")
+
+
+@pytest.mark.parametrize("solve", [_half_field, _half_weights])
+def test_the_slow_backend_is_announced_where_it_was_called(solve, monkeypatch):
+    monkeypatch.setattr(backends._state, "requested", None)
+    monkeypatch.setattr(backends._state, "warned", set())
+    with pytest.warns(RuntimeWarning, match="mlp_odeint runs on the slow 'reference' backend.*float16") as seen:
+        solve(zeros(4, 2, dtype=torch.float16), torch.tensor([0.0, 1.0]))
+    assert seen[0].filename == __file__

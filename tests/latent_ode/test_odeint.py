@@ -227,8 +227,9 @@ def test_recomputation_calls_no_callback_again():
 def test_callbacks_of_adaptive_steps_are_warned_of():
     field = Recording()
     field.callback_accept_step = lambda t, y, dt: None
-    with pytest.warns(UserWarning, match="callback_accept_step"):
+    with pytest.warns(UserWarning, match="callback_accept_step") as seen:
         pykernels.odeint(field, random(3), TIMES, method="euler")
+    assert seen[0].filename == __file__
 
 
 def test_signature_of_torchdiffeq():
@@ -283,6 +284,7 @@ WRONG = [
     ({"t": torch.empty(0)}, ValueError, "at least one time"),
     ({"t": torch.tensor([0.0, 2.0, 1.0])}, ValueError, r"t must be strictly increasing.*\[0.0, 2.0, 1.0\]"),
     ({"t": torch.ones(2)}, ValueError, "t must be strictly increasing or strictly decreasing"),
+    ({"t": torch.zeros(1000)}, ValueError, r"got \[0.0, 0.0, 0.0, 0.0, 0.0, ..., 0.0\]$"),
     ({"t": NAN_TIMES}, ValueError, "t must be strictly increasing"),
     ({"y0": torch.ones(3, dtype=torch.int64)}, TypeError, "y0 must be of a floating-point.*torch.int64"),
     ({"y0": (ONES, torch.ones(2, dtype=torch.bool))}, TypeError, r"y0\[1\] must be of a floating-point.*torch.bool"),
@@ -297,6 +299,7 @@ WRONG = [
     ({"func": lambda t, y: y[0], "y0": (ONES,)}, TypeError, "tuple of 1 tensors.*got Tensor"),
     ({"func": lambda t, y: (y[0],), "y0": (ONES, ONES)}, TypeError, "tuple of 2 tensors.*got 1"),
     ({"func": lambda t, y: (y[0], y[1][:2]), "y0": (ONES, ONES)}, ValueError, r"position 1.*\(3,\).*\(2,\)"),
+    ({"options": {"step_size": "0.1"}}, TypeError, "step_size must be a number or a tensor, got str"),
     ({"options": {"stepsize": 0.1}}, ValueError, "unknown 'stepsize'.*'step_size'"),
     ({"options": [1]}, TypeError, "options must be a dict, got list"),
     ({"options": {"interp": "quadratic"}}, ValueError, "interp must be 'linear' or 'cubic', got 'quadratic'"),

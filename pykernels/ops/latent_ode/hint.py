@@ -7,6 +7,8 @@ from weakref import WeakSet
 
 from torch import nn
 
+from pykernels._errors import users_line
+
 
 class FusionHint(UserWarning):
     """A vector field that :func:`pykernels.odeint` calls step by step could run in one call."""
@@ -29,5 +31,5 @@ def hint_once(func: nn.Module) -> None:
             "trajectory in one call, with the same parameters. To silence this hint: "
             "warnings.simplefilter('ignore', pykernels.FusionHint)",
             FusionHint,
-            stacklevel=4,  # of the call of odeint
+            users_line(),
         )

@@ -21,6 +21,7 @@ from pykernels.ops.latent_ode.tableaux import TABLEAUX
 
 #: What the forward may keep for the backward by default; it computes again what exceeds that.
 DEFAULT_MAX_MEMORY = 512 << 20
+_MOST_MEMORY, _MOST_SUBSTEPS = 1 << 62, 1 << 31  # so that the kernels' arithmetic does not overflow
 _NEGATIVE_SLOPE, _ELU_ALPHA = 0.01, 1.0
 #: Most dimensions of the state, and of control and time, that a block of samples can have in registers on a GPU.
 _TRITON_INPUTS = 1024
@@ -159,6 +160,8 @@ def trajectory(
     _check_choice(input_map, "input_map", INPUT_MAPS)
     if type(substeps) is not int or substeps < 1:
         raise ValueError(f"substeps must be an int of at least 1, got {substeps!r}")
+    if substeps > _MOST_SUBSTEPS:
+        raise ValueError(f"substeps must be at most {_MOST_SUBSTEPS}, got {substeps}")
     batch, dim = y0.shape
     intervals = t.shape[0] - 1
     if reverse:
@@ -200,13 +203,15 @@ def trajectory(
     mask = injected = None
     if reinject is not None:
         mask, injected = _check_reinject(reinject, t.shape[0], y0)
-    energy = {False: "none", True: "plain", "time": "time"}.get(return_energy)
+    energies_of = {False: "none", True: "plain", "time": "time"}
+    energy = energies_of.get(return_energy) if isinstance(return_energy, (bool, str)) else None
     if energy is None:
         raise ValueError(f"return_energy must be False, True or 'time', got {return_energy!r}")
     if max_memory is None:
         max_memory = DEFAULT_MAX_MEMORY
     elif type(max_memory) is not int or max_memory < 0:
         raise ValueError(f"max_memory must be a number of bytes, at least 0, got {max_memory!r}")
+    max_memory = min(max_memory, _MOST_MEMORY)
     tensors = Tensors(
         y0,
         t,
@@ -263,7 +268,7 @@ def _check_times(t: Tensor, y0: Tensor, reads_values: bool) -> Tensor:
 
 
 def _check_choice(value: Any, name: str, known: dict[str, Any]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
@@ -272,7 +277,8 @@ def _check_layers(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases, zeros where there are none. With ``stacked`` they are (G, out, in) and (G, out)."""
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or len(weights) == 0:
-        raise TypeError(f"{name} must be a list of at least one tensor, got {type(weights).__name__}")
+        got = "an empty one" if isinstance(weights, Sequence) and len(weights) == 0 else type(weights).__name__
+        raise TypeError(f"{name} must be a list of at least one tensor, got {got}")
     if biases is None:
         biases = [None] * len(weights)
     if isinstance(biases, Tensor) or not isinstance(biases, Sequence) or len(biases) != len(weights):
@@ -381,6 +387,8 @@ def _check_like(t: Any, name: str, y0: Tensor) -> None:
 
 def _reads_values(t: Tensor, validate: bool | None) -> bool:
     """Whether to check values, ``t`` being one of the tensors."""
+    if validate is not None and not isinstance(validate, bool):
+        raise TypeError(f"validate must be True, False or None, got {validate!r}")
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return t.device.type == "cpu" if validate is None else validate

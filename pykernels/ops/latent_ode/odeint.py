@@ -63,9 +63,9 @@ def odeint(
 
     Returns:
         The states ``(T, *y0.shape)``, or a tuple of them. Differentiable to any order with respect to y0, t and
-        whatever ``func`` depends on; in forward mode, by ``torch.func`` and inside
-        ``torch.compile(fullgraph=True)`` too. There,
-        ``step_size`` and ``grid_constructor`` break the graph: the number of steps depends on the values of t.
+        whatever ``func`` depends on; in forward mode, by ``torch.func`` and inside ``torch.compile(fullgraph=True)``
+        too. There, ``step_size`` and ``grid_constructor`` break the graph: the number of steps depends on the values
+        of t.
 
     Raises:
         ValueError: if there is no such method or option, t is not monotone, or func returns another shape than y's.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pykernels._errors import users_line
 from pykernels.ops.latent_ode import grids
 from pykernels.ops.latent_ode.solver import Callback, Field, Options
 from pykernels.ops.latent_ode.tableaux import TABLEAUX, Tableau
@@ -145,9 +147,7 @@ def read_options(options: Any, checkpoint_every: int | None = None, name: str = 
     given = {} if options is None else options
     if not hasattr(given, "items"):
         raise TypeError(f"{name} must be a dict, got {type(given).__name__}")
-    given = {
-        key: value for key, value in given.items() if key != "norm"
-    }  # for adaptive steps only, silently everywhere
+    given = {key: value for key, value in given.items() if key != "norm"}  # only adaptive steps have one
     unknown = [key for key in given if key not in Options._fields and key not in _OTHER_OPTIONS]
     if unknown:
         raise ValueError(
@@ -156,7 +156,7 @@ def read_options(options: Any, checkpoint_every: int | None = None, name: str = 
         )
     unused = {key: value for key, value in given.items() if key in _OTHER_OPTIONS}
     if unused and not torch.compiler.is_compiling():
-        warnings.warn(f"fixed-step methods make no use of {unused} in {name}", UserWarning, stacklevel=3)
+        warnings.warn(f"fixed-step methods make no use of {unused} in {name}", UserWarning, users_line())
     if checkpoint_every is not None:
         if given.get("checkpoint_every") not in (None, checkpoint_every):
             raise ValueError(f"checkpoint_every={checkpoint_every} contradicts {name}, {given['checkpoint_every']}")
@@ -166,8 +166,11 @@ def read_options(options: Any, checkpoint_every: int | None = None, name: str = 
         raise ValueError(f"{name} may have only one of 'step_size' and 'grid_constructor'")
     if result.interp not in ("linear", "cubic"):
         raise ValueError(f"interp must be 'linear' or 'cubic', got {result.interp!r}")
-    if isinstance(result.step_size, (int, float)) and not 0 < result.step_size < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {result.step_size}")
+    size: Any = result.step_size
+    if size is not None and not isinstance(size, (Real, Tensor)):
+        raise TypeError(f"step_size must be a number or a tensor, got {type(size).__name__}")
+    if isinstance(size, Real) and not 0 < size < math.inf:  # type: ignore[operator]
+        raise ValueError(f"step_size must be positive and finite, got {size}")
     every = result.checkpoint_every
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ValueError(f"checkpoint_every must be a number of steps, at least 1, got {every!r}")
@@ -179,7 +182,7 @@ def callback_of(func: VectorField, shapes: list[torch.Size] | None, suffix: str 
     unsupported = [f"callback_{kind}_step{suffix}" for kind in ("accept", "reject")]
     unsupported = [name for name in unsupported if hasattr(func, name)]
     if unsupported and not torch.compiler.is_compiling():
-        warnings.warn(f"fixed-step methods do not call {' and '.join(unsupported)}", UserWarning, stacklevel=3)
+        warnings.warn(f"fixed-step methods do not call {' and '.join(unsupported)}", UserWarning, users_line())
     callback = getattr(func, f"callback_step{suffix}", None)
     return callback if shapes is None else in_members(callback, shapes)
 
