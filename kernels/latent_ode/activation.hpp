@@ -8,11 +8,6 @@
 
 PK_ISA_BEGIN
 
-// Whether act' needs the argument z, and does not follow from h = act(z).
-PK_INLINE bool needs_argument(FieldActivation a) {
-    return a == FieldActivation::softplus || a == FieldActivation::silu || a == FieldActivation::sin;
-}
-
 // h = act(z) in place of z, which is copied to `saved` if that is not null; n is a multiple of the lanes.
 template <class T>
 __attribute__((noinline)) void activate(T* h, T* saved, Index n, FieldActivation activation, T slope) {
@@ -36,7 +31,8 @@ __attribute__((noinline)) void activate(T* h, T* saved, Index n, FieldActivation
     }
 }
 
-// grad *= act'(z), from h = act(z), or from z where needs_argument. For silu, the sum of grad * d act / d slope comes back.
+// grad *= act'(z), from h = act(z), or from z where h does not tell it: softplus, silu, sin. For silu, the sum of
+// grad * d act / d slope comes back.
 template <class T>
 __attribute__((noinline)) T activate_backward(T* grad, const T* saved, Index n, FieldActivation activation, T slope) {
     constexpr int lanes = Vec<T>::lanes;

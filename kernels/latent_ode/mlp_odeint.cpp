@@ -24,6 +24,7 @@ constexpr Index split_rows = 32;
 
 Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 
+// Whether act' needs the argument z, and does not follow from h = act(z).
 bool argument_needed(FieldActivation a) {
     return a == FieldActivation::softplus || a == FieldActivation::silu || a == FieldActivation::sin;
 }

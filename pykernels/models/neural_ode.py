@@ -81,6 +81,7 @@ class NeuralODE(nn.Module):
         widths = [n_features, *hidden]
         if any(int(width) != width or width < 1 for width in widths):
             raise InputError(f"n_features and hidden must be positive integers, got {n_features} and {tuple(hidden)}")
+        widths = [int(width) for width in widths]
         if method not in TABLEAUX:
             raise InputError(f"method must be one of {', '.join(TABLEAUX)}; got {method!r}")
         if dtype not in DTYPES:
@@ -97,7 +98,7 @@ class NeuralODE(nn.Module):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
-            self.field = MLPField((*widths, n_features), activation, dtype=DTYPES[dtype])
+            self.field = MLPField((*widths, widths[0]), activation, dtype=DTYPES[dtype])
             for name, parameter in self.field.named_parameters():
                 if parameter.ndim == 2:
                     nn.init.orthogonal_(parameter, gain)
@@ -131,7 +132,7 @@ class NeuralODE(nn.Module):
         _check_finite("y0", y0)
         like = next(self.parameters())
         with torch.no_grad():
-            states = self(torch.as_tensor(y0).to(like), torch.as_tensor(times).to(like))
+            states = self(torch.as_tensor(y0).to(like), _since_first(times).to(like))
         trajectories: Array = states.transpose(0, 1).cpu().numpy()
         return trajectories
 
@@ -215,7 +216,7 @@ class NeuralODETraining:
         times = np.asarray(times, dtype=np.float64)
         _check_times(times)
         self._like = next(model.parameters())
-        self._times = torch.as_tensor(times).to(self._like)
+        self._times = _since_first(times).to(self._like)
         self._states = self._prepared("states", states, model)
         self._validation = None if validation is None else self._prepared("validation", validation, model)
         self.model = model
@@ -421,6 +422,11 @@ def _finite(loss: Tensor) -> float:
 
 def _copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _since_first(times: Array) -> Tensor:
+    """Only differences of times matter to a field that does not depend on time; those of a clock need more digits."""
+    return torch.as_tensor(times - times[0])
 
 
 def _check_times(times: Array) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -116,11 +117,12 @@ class MLPField(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dims = list(dims)
-        if len(dims) < 2 or dims[0] != dims[-1] or any(type(d) is not int or d < 1 for d in dims):
+        given: list[Any] = list(dims)
+        if len(given) < 2 or given[0] != given[-1] or any(not isinstance(d, Integral) or d < 1 for d in given):
             raise ValueError(
-                f"dims must be (D, hidden widths ..., D), D being the width of the state, got {tuple(dims)}"
+                f"dims must be (D, hidden widths ..., D), D being the width of the state, got {tuple(given)}"
             )
+        dims = [int(d) for d in given]
         if isinstance(slope, str) and (slope, activation) != ("learned", "silu"):
             raise ValueError(f"slope must be a number, or 'learned' for silu, got {slope!r} with {activation!r}")
         _check_inputs(input_map, control_dim)

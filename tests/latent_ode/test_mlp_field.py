@@ -7,6 +7,7 @@ import pickle
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -501,6 +502,10 @@ def test_bad_arguments_of_trajectories(keywords, message):
     arguments = {"y0": random(3, 2), "t": TIMES, "control": random(3, 3, 3)} | keywords
     with pytest.raises(ValueError, match=re.escape(message)):
         field.trajectory(**arguments)
+
+
+def test_widths_of_numpy():
+    assert MLPField(np.array([2, 4, 2]), "tanh").dims == (2, 4, 2)
 
 
 def test_wrong_types_and_calls():

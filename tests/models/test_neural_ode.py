@@ -184,6 +184,19 @@ def test_predictions(method, dtype):
     np.testing.assert_allclose(predicted, np.stack(expected, 1), rtol=tolerance, atol=tolerance)
 
 
+def test_times_of_a_clock(data):
+    """They keep their differences, which float32 would round away."""
+    model, later = (NeuralODE(**SMALL) for _ in range(2))
+    y0, clock = data.test[:, 0], data.times + 1.7e9
+    np.testing.assert_array_equal(model.predict(y0, clock), model.predict(y0, data.times))
+    losses = train_neural_ode(model, data.times, data.train, n_steps=2).losses
+    np.testing.assert_array_equal(train_neural_ode(later, clock, data.train, n_steps=2).losses, losses)
+
+
+def test_widths_of_numpy():
+    assert NeuralODE(hidden=np.array([4, 5])).options["hidden"] == [4, 5]
+
+
 def test_trajectories_have_gradients():
     model = NeuralODE(hidden=(6,), activation="tanh", gain=1.0, dtype="float64", seed=0)
     y0 = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
