@@ -116,7 +116,7 @@ def test_who_runs_what_without_a_gpu(monkeypatch):
     assert not ok
     assert "no GPU" in reason
     x = torch.zeros(1, 1, 1)
-    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run causal_conv1d: x is on cpu"):
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run causal_conv1d: the tensors are on cpu"):
         causal_conv1d(x, x, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert pykernels.available_backends()["causal_conv1d"]["triton"].ok
