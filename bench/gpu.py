@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Case, Limits, judge, relative_error, table, wrong_results
+from cases import relative_error
+from gpu_cases import Case, Limits, judge, table, wrong_results
 from measure import machine
 
 #: One module for each family of operators, with a function ``cases`` that yields its benchmarks.

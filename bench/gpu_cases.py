@@ -42,10 +42,6 @@ class Limits(NamedTuple):
     gemm_flop_per_s: dict[torch.dtype, float]
 
 
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected).norm() / expected.norm())
-
-
 def wrong_results(errors: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     return {name: error for name, error in errors.items() if not error <= ALLOWED_ERROR[dtype]}
 

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch  # noqa: F401  (loads the OpenMP runtime that the compiled module shares)
 
+from pykernels.backends import YES, Answer
+
 cpu: ModuleType | None
 cpu_error: str | None
 try:
@@ -15,6 +17,11 @@ try:
     cpu, cpu_error = _cpu, None
 except ImportError as error:
     cpu, cpu_error = None, f"the compiled module pykernels._cpu did not load ({error}); reinstall with 'pip install .'"
+
+
+def available() -> Answer:
+    """Whether the kernels of the backend ``cpu`` can run on this machine."""
+    return YES if cpu_error is None else Answer(False, cpu_error)
 
 
 def cpu_capabilities() -> list[str]:

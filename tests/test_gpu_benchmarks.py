@@ -29,6 +29,8 @@ def family(cases, monkeypatch) -> ModuleType:
 
 
 def test_contenders_agree_with_float64(cases, family, monkeypatch):
+    from cases import relative_error
+
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # takes half a minute
     found = list(family.cases())
     assert len({case.name for case in found}) == len(found) == 8
@@ -39,7 +41,7 @@ def test_contenders_agree_with_float64(cases, family, monkeypatch):
         for name, run in runs.items():
             values = run()
             assert all(v.dtype == case.dtype for v in values)
-            errors = [cases.relative_error(v, e) for v, e in zip(values, expected, strict=True)]
+            errors = [relative_error(v, e) for v, e in zip(values, expected, strict=True)]
             assert cases.wrong_results({name: max(errors)}, case.dtype) == {}
 
 
@@ -62,6 +64,8 @@ def trajectories(cases, monkeypatch) -> ModuleType:
 
 
 def test_trajectories_agree_with_float64(cases, trajectories, monkeypatch):
+    from cases import relative_error
+
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     found = list(trajectories.cases())
     assert len({case.name for case in found}) == len(found) == 4
@@ -70,7 +74,7 @@ def test_trajectories_agree_with_float64(cases, trajectories, monkeypatch):
         assert len(expected) == results
         assert list(runs) == ["pykernels", "eager", "compiled steps"]
         for name, run in runs.items():
-            errors = [cases.relative_error(v, e) for v, e in zip(run(), expected, strict=True)]
+            errors = [relative_error(v, e) for v, e in zip(run(), expected, strict=True)]
             assert cases.wrong_results({name: max(errors)}, case.dtype) == {}
 
 

@@ -25,6 +25,15 @@ def unobserved(*tensors: Tensor) -> bool:
     )
 
 
+def reads_values(t: Tensor, validate: bool | None) -> bool:
+    """Whether to check values of an argument: those of ``t``, or of another one where ``t`` is."""
+    if validate is not None and not isinstance(validate, bool):
+        raise TypeError(f"validate must be True, False or None, got {validate!r}")
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return t.device.type == "cpu" if validate is None else validate
+
+
 def _refuse_gradients(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """An Autograd kernel that raises where calling ``op`` itself would silently drop the gradient."""
 

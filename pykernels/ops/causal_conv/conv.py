@@ -11,6 +11,7 @@ from torch import Tensor
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops._check import compare
+from pykernels.ops._op import reads_values
 from pykernels.ops.causal_conv import autograd, cost, reference
 from pykernels.ops.causal_conv.op import ACTIVATIONS
 
@@ -203,13 +204,6 @@ def check_lengths(lengths: Tensor, x: Tensor, validate: bool | None) -> None:
             raise ValueError(f"lengths must be between 0 and {x.shape[2]}, got {low if low < 0 else high}")
 
 
-def reads_values(t: Tensor, validate: bool | None) -> bool:
-    """Whether to check the values of ``t``."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return t.device.type == "cpu" if validate is None else validate
-
-
 def check_weight(weight: Tensor, name: str, in_channels: int, x: Tensor, groups: int = 1) -> None:
     """Raise unless ``weight`` is (any, ``in_channels / groups``, any) like x."""
     if not isinstance(weight, Tensor):
@@ -270,10 +264,6 @@ def _run_triton(*args: Any) -> Tensor:
     return autograd.run(*args, "triton")
 
 
-def cpu_available() -> Answer:
-    return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
-
-
 def cpu_can_run(x: Tensor) -> Answer:
     if _native.cpu_error is not None:
         return Answer(False, _native.cpu_error)
@@ -303,7 +293,7 @@ _OPERATOR = register(
     Operator(
         name="causal_conv1d",
         implementations={
-            "cpu": Implementation(_run_cpu, cpu_can_run, cpu_available),
+            "cpu": Implementation(_run_cpu, cpu_can_run, _native.available),
             "triton": Implementation(_run_triton, _triton.can_run, _triton.available),
             "reference": Implementation(reference.causal_conv1d, lambda x: YES, lambda: YES),
         },

@@ -20,7 +20,7 @@ from pykernels.backends import YES, Answer, Check, Implementation, Operator, reg
 from pykernels.ops._autograd import apply, differentiable_gradients, recording, transforming
 from pykernels.ops._check import compare
 from pykernels.ops._memory import HALF, IS_DOUBLE, plain
-from pykernels.ops._op import implement, library
+from pykernels.ops._op import implement, library, reads_values
 from pykernels.ops.causal_conv import conv, cost, reference
 from pykernels.ops.causal_conv.autograd import composed
 from pykernels.ops.causal_conv.autograd import run as run_conv
@@ -114,11 +114,11 @@ def causal_conv_stack(
             raise ValueError("lengths cannot be combined with cu_seqlens: packed sequences have no padding")
         if len(cu_seqlens) == 1:
             shortest = 1  # of no sequences, none is empty
-        elif pool and conv.reads_values(cu_seqlens, validate):
+        elif pool and reads_values(cu_seqlens, validate):
             shortest = int(cu_seqlens.diff().min())
     if lengths is not None:
         conv.check_lengths(lengths, x, validate)
-        if pool and len(lengths) > 0 and conv.reads_values(lengths, validate):
+        if pool and len(lengths) > 0 and reads_values(lengths, validate):
             shortest = int(lengths.min())
     if pool and shortest == 0:
         raise ValueError("x holds empty series: the maximum over time needs at least one sample")
@@ -721,7 +721,7 @@ _OPERATOR = register(
     Operator(
         name="causal_conv_stack",
         implementations={
-            "cpu": Implementation(_run_cpu, _can_run, conv.cpu_available),
+            "cpu": Implementation(_run_cpu, _can_run, _native.available),
             "triton": Implementation(_run_triton, _triton.can_run, _triton.available),
             "reference": Implementation(_run_reference, lambda *args: YES, lambda: YES),
         },

@@ -269,7 +269,7 @@ _OPERATOR = register(
     Operator(
         name="causal_conv1d_step",
         implementations={
-            "cpu": Implementation(_run_cpu, _can_run, conv.cpu_available),
+            "cpu": Implementation(_run_cpu, _can_run, _native.available),
             "reference": Implementation(_run_reference, lambda x_t: YES, lambda: YES),
         },
         check=_check,

@@ -173,7 +173,7 @@ _OPERATOR = register(
     Operator(
         name="weight_norm",
         implementations={
-            "cpu": Implementation(_run_compiled, _can_run, conv.cpu_available),
+            "cpu": Implementation(_run_compiled, _can_run, _native.available),
             # A few elementwise operations on small tensors: nothing for a kernel of its own to gain on a GPU.
             "triton": Implementation(_run_reference, lambda v, g: _triton.can_run(v[0]), _triton.available),
             "reference": Implementation(_run_reference, lambda v, g: YES, lambda: YES),

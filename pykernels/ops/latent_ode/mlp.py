@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pykernels import _native, _triton
 from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
+from pykernels.ops import _op
 from pykernels.ops._check import compare
 from pykernels.ops._memory import IS_DOUBLE
 from pykernels.ops.latent_ode import autograd, cost, reference
@@ -153,7 +154,7 @@ def trajectory(
             ``"sin"``, ``"cos"`` or ``"tanh"``.
     """
     _check_state(y0)
-    reads_values = _reads_values(y0, validate)
+    reads_values = _op.reads_values(y0, validate)
     t = _check_times(t, y0, reads_values)
     _check_choice(method, "method", TABLEAUX)
     _check_choice(activation, "activation", ACTIVATIONS)
@@ -385,25 +386,12 @@ def _check_like(t: Any, name: str, y0: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of y0, {y0.device}, got {t.device}")
 
 
-def _reads_values(t: Tensor, validate: bool | None) -> bool:
-    """Whether to check values, ``t`` being one of the tensors."""
-    if validate is not None and not isinstance(validate, bool):
-        raise TypeError(f"validate must be True, False or None, got {validate!r}")
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return t.device.type == "cpu" if validate is None else validate
-
-
 def _run_cpu(tensors: Tensors, options: Options) -> autograd.Results:
     return autograd.run(tensors, options, "cpu")
 
 
 def _run_triton(tensors: Tensors, options: Options) -> autograd.Results:
     return autograd.run(tensors, options, "triton")
-
-
-def _available() -> Answer:
-    return YES if _native.cpu_error is None else Answer(False, _native.cpu_error)
 
 
 def _cpu_can_run(tensors: Tensors, options: Options) -> Answer:
@@ -451,7 +439,7 @@ _OPERATOR = register(
     Operator(
         name="mlp_odeint",
         implementations={
-            "cpu": Implementation(_run_cpu, _cpu_can_run, _available),
+            "cpu": Implementation(_run_cpu, _cpu_can_run, _native.available),
             "triton": Implementation(_run_triton, _triton_can_run, _triton.available),
             "reference": Implementation(reference.solve, lambda *args: YES, lambda: YES),
         },
