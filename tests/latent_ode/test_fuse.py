@@ -69,6 +69,7 @@ def assert_fuses(func, y: Tensor | None = None, t: Tensor = TIMES[0], **attribut
     torch.testing.assert_close(whole, stepped, rtol=1e-12, atol=1e-12)
     gradients = (torch.autograd.grad(states.square().sum(), leaves) for states in (whole, stepped))
     for found, wanted in zip(*gradients, strict=True):
+        # Sums over all steps in another order.
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
     return field
 

@@ -246,7 +246,7 @@ def test_half_precision_fields_as_autocast_has_them():
         states = [s(lambda t, y: net(y), torch.ones(2, 3), TIMES, method="rk4") for s in SOLVERS]
     assert states[1].dtype == torch.float32
     assert net(torch.ones(1, 3)).dtype == torch.float32
-    torch.testing.assert_close(*states, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(*states, rtol=2e-2, atol=2e-2)  # bfloat16 keeps 8 bits, 4e-3, at each evaluation
 
 
 SOLVERS = (torchdiffeq.odeint, pykernels.odeint)
