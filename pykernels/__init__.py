@@ -8,7 +8,18 @@ from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
 from pykernels.nn.fuse import fuse
-from pykernels.ops import ConvState, causal_conv1d, causal_conv1d_step, mlp_odeint, odeint, odeint_adjoint
+from pykernels.ops import (
+    ConvState,
+    bilinear_warp,
+    causal_conv1d,
+    causal_conv1d_step,
+    diffusion_variance,
+    gaussian_warp,
+    gaussian_warp_rollout,
+    mlp_odeint,
+    odeint,
+    odeint_adjoint,
+)
 from pykernels.ops.latent_ode.hint import FusionHint
 
 __version__ = _version("pykernels")
@@ -19,13 +30,17 @@ __all__ = [
     "FusionHint",
     "available_backends",
     "backend",
+    "bilinear_warp",
     "causal_conv1d",
     "causal_conv1d_step",
     "cpu_capabilities",
     "cpu_capability",
+    "diffusion_variance",
     "explain",
     "export",
     "fuse",
+    "gaussian_warp",
+    "gaussian_warp_rollout",
     "mlp_odeint",
     "nn",
     "odeint",

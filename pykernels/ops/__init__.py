@@ -10,16 +10,21 @@ from pykernels.ops.causal_conv import (
     causal_conv_stack,
     weight_norm,
 )
+from pykernels.ops.gaussian_warp import bilinear_warp, diffusion_variance, gaussian_warp, gaussian_warp_rollout
 from pykernels.ops.latent_ode import mlp_odeint, odeint, odeint_adjoint
 
 __all__ = [
     "BlockWeights",
     "CausalConvStream",
     "ConvState",
+    "bilinear_warp",
     "causal_conv1d",
     "causal_conv1d_step",
     "causal_conv_block",
     "causal_conv_stack",
+    "diffusion_variance",
+    "gaussian_warp",
+    "gaussian_warp_rollout",
     "mlp_odeint",
     "odeint",
     "odeint_adjoint",

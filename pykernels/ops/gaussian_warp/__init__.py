@@ -1,0 +1,5 @@
+"""Images advected by a motion field, with a Gaussian or bilinear kernel."""
+
+from pykernels.ops.gaussian_warp.warp import bilinear_warp, diffusion_variance, gaussian_warp, gaussian_warp_rollout
+
+__all__ = ["bilinear_warp", "diffusion_variance", "gaussian_warp", "gaussian_warp_rollout"]
