@@ -616,10 +616,7 @@ void groups_backward(const Plan<T>& plan, const Worker<T>& worker, const Windows
                 rows[r] = Vec<T>::load(padded + first + r * plan.row);
                 keep_in_register(rows[r]);
             }
-            if constexpr (scatter) {
-                given[r] = Vec<T>::load(scattered + first + r * plan.row);
-                keep_in_register(given[r]);
-            }
+            given[r] = zero;
         }
         for (; i < end; ++i) {
             const Index shift = w.base[i] - first;
@@ -646,7 +643,11 @@ void groups_backward(const Plan<T>& plan, const Worker<T>& worker, const Windows
         }
         if constexpr (scatter) {
 #pragma GCC unroll 16
-            for (int r = 0; r < taps; ++r) given[r].store(scattered + first + r * plan.row);
+            for (int r = 0; r < taps; ++r) {
+                // Only now: a load waits for the stores of the group before, which it overlaps.
+                T* const target = scattered + first + r * plan.row;
+                (Vec<T>::load(target) + given[r]).store(target);
+            }
         }
     }
 }
