@@ -82,7 +82,7 @@ def flow_penalties(
             raise TypeError(f"{name} must be a number, got a tensor; multiply the penalty of {name}=1.0 by it")
         if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(coefficient).__name__}")
-        if not math.isfinite(coefficient):
+        if not -math.inf < coefficient < math.inf:
             raise ValueError(f"{name} must be finite, got {coefficient}")
     for name, value, known in (("reduction", reduction, _REDUCTIONS), ("indexing", indexing, _INDEXING)):
         if value not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ def penalties(flow: Tensor, options: Options) -> Tensor:
     """Of each sample, (B,), for a flow (B, R, *S). Differentiable any number of times."""
     total = flow[..., :0].sum(tuple(range(1, flow.dim())))  # what is left where all coefficients are zero
     if options.divergence:
-        total = total + options.divergence * _mean(_divergence(flow, options).square())
+        total = total + options.divergence * _mean(_divergence(flow, options).square().unsqueeze(1))
     if options.magnitude:
         total = total + options.magnitude * _mean(flow.square())
     if options.smoothness:
@@ -39,19 +40,16 @@ def gradient(grads: Tensor, flow: Tensor, options: Options) -> Tensor:
     if options.divergence:
         divergence = _divergence(flow, options)
         dims = range(2, flow.dim())
-        terms = [transposed(divergence, dim) for dim in (reversed(dims) if options.xy else dims)]
-        total = total + options.divergence * torch.cat(terms, 1)
-    pixels = flow[0, 0].numel() if len(flow) else 1
-    return total * (2 / pixels * grads).reshape(-1, *(1 for _ in flow.shape[1:]))
+        terms = [transposed(divergence, dim - 1) for dim in (reversed(dims) if options.xy else dims)]
+        total = total + options.divergence * torch.stack(terms, 1)
+    return total * (2 / math.prod(flow.shape[2:]) * grads).reshape(-1, *(1 for _ in flow.shape[1:]))
 
 
 def _divergence(flow: Tensor, options: Options) -> Tensor:
-    """(B, 1, *S)."""
-    last = flow.dim() - 1
-    total = torch.zeros_like(flow[:, :1])
-    for channel in range(flow.shape[1]):
-        total = total + difference(flow[:, channel : channel + 1], last - channel if options.xy else 2 + channel)
-    return total
+    """(B, *S)."""
+    ranks = flow.dim() - 2
+    terms = [difference(flow[:, c], ranks - c if options.xy else 1 + c) for c in range(ranks)]
+    return sum(terms[1:], terms[0])
 
 
 def difference(field: Tensor, dim: int) -> Tensor:
