@@ -21,6 +21,7 @@
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
 #include "flow_penalties.hpp"
+#include "gaussian_warp.hpp"
 #include "latent_ode.hpp"
 
 namespace py = pybind11;
@@ -440,5 +441,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("weight_norm_backward", &weight_norm_backward);
     bind_combine(m);
     bind_flow_penalties(m);
+    bind_gaussian_warp(m);
     bind_latent_ode(m);
 }

@@ -128,3 +128,26 @@ def flow_penalties_backward_float(
 
 flow_penalties_double = flow_penalties_float
 flow_penalties_backward_double = flow_penalties_backward_float
+
+def gaussian_warp_forward_float(
+    sizes: list[int],
+    strides: list[int],
+    arrays: tuple[int, int, int, int, int],
+    value: float,
+    scale: list[float],
+    varies: bool,
+    /,
+) -> None: ...
+def gaussian_warp_backward_float(
+    sizes: list[int],
+    strides: list[int],
+    arrays: tuple[int, int, int, int, int],
+    value: float,
+    scale: list[float],
+    varies: bool,
+    gradients: tuple[int, int, int, int],
+    /,
+) -> None: ...
+
+gaussian_warp_forward_double = gaussian_warp_forward_float
+gaussian_warp_backward_double = gaussian_warp_backward_float
