@@ -121,8 +121,9 @@ class GaussianWarp(nn.Module):
         if self.log_variance is not None:
             parts.append("learnable=True")
         if self.log_variance is None or not self.log_variance.is_meta:
-            parts.insert(0, f"variance={float(self.variance):.6g}")
-        defaults = gaussian_warp.__kwdefaults__
+            value = self.variance
+            parts.insert(0, f"variance={value.item() if isinstance(value, Tensor) else value:.6g}")
+        defaults = gaussian_warp.__kwdefaults__ or {}
         return ", ".join(parts + [f"{name}={v!r}" for name, v in self.options.items() if v != defaults[name]])
 
 
@@ -256,9 +257,9 @@ class SemiLagrangian(nn.Module):
         return travelled
 
     def forward(self, field: Tensor, velocity: Tensor) -> Tensor:
-        if not isinstance(field, Tensor) or not isinstance(velocity, Tensor):
-            name, value = ("velocity", velocity) if isinstance(field, Tensor) else ("field", field)
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        for name, value in (("field", field), ("velocity", velocity)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         timed = velocity.dim() == field.dim() + 1
         shape = (field.shape[0], field.dim() - 2, *field.shape[2:])
         got = tuple(velocity.shape)
