@@ -506,7 +506,7 @@ def _boxes(
 
 def _inside(boxes: Sequence[Box], size: int, shape: tuple[int, ...]) -> tuple[Box, ...]:
     if not boxes:
-        raise InputError("boxes must name a region at least")
+        raise InputError("boxes must name at least one region")
     for row, column in boxes:
         if not (0 <= row <= shape[0] - size and 0 <= column <= shape[1] - size):
             raise InputError(
