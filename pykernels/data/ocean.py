@@ -80,9 +80,9 @@ def simulate(
         sequences: how many.
         frames: of each, at least 2.
         size: pixels on each side, at least 16.
-        diffusivity: D in pixels squared per frame, not negative. The default is the published one.
-        speed: of the fastest current that may be, in pixels per frame, not negative. Every sequence draws a bound between
-            half of this and this, and divides it between vortices and drift, which gets a third at most.
+        diffusivity: D in pixels squared per frame, not negative.
+        speed: of the fastest current that may be, in pixels per frame, not negative. Every sequence draws a bound
+            between half of this and this, and divides it between vortices and drift, which gets a third at most.
         vortices: in a square of ``size`` by ``size`` pixels. Their radii are between a twelfth and a sixth of ``size``.
         periodic: whether the tile is periodic. If not, it is cut out of a periodic square of about twice its area,
             and water flows in and out through the open borders.
