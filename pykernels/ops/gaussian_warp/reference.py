@@ -149,7 +149,7 @@ def _weights(
     window = torch.ones_like(inside)
     if options.support == 0 and variance is not None:
         limits = largest_variances(mass_beyond(options, ranks), most_radius(options))[: max(len(offsets) // 2 - 1, 0)]
-        radii = 1 + (v > v.new_tensor(limits)).sum(-1, keepdim=True)
+        radii = torch.where(positive, 1 + (v > v.new_tensor(limits)).sum(-1, keepdim=True), 0)
         window = offsets.abs() <= radii
     counted = window & inside if options.normalize == "inside" else window
     if options.form == "density":
@@ -211,5 +211,6 @@ def _sum(image: Tensor, weights: list[Tensor], masks: list[Tensor], indices: lis
             stride *= sizes[axis]
         where = index.expand(batch, *sizes, -1).reshape(batch, 1, -1).expand(-1, channels, -1)
         row = flat.gather(2, where).view(batch, channels, *sizes, -1)
-        total = total + torch.where(mask.unsqueeze(1), row * weight.unsqueeze(1), 0).sum(-1)
+        row = torch.where(mask.unsqueeze(1), row, 0)
+        total = total + (row * weight.unsqueeze(1)).sum(-1)
     return total
