@@ -117,15 +117,16 @@ def mass_by_variance(low, high, v):
 
 
 @triton.jit
-def weight_of(d, nearest, gauss, FORM: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The weight of a tap at distance d, for the forms that are not integrals, and its derivatives.
+def weight_of(offset, rest, nearest, gauss, FORM: tl.constexpr, NORMALIZE: tl.constexpr):
+    """The weight of a tap, for the forms that are not integrals, and its derivatives.
 
     They are by the position of the centre and by the variance. Where weights will be divided by their sum the nearest
     tap has weight 1, so that small variances do not underflow, and derivatives are of weight / weight of the nearest.
     """
     v, s, _ = gauss
+    d = offset - rest
     if FORM == "linear":
-        return 1.0 - tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) + d * 0.0, d * 0.0
+        return 1.0 + (1 - 2 * offset) * d, (2 * offset - 1) + d * 0.0, d * 0.0
     elif NORMALIZE == "none":
         w = tl.exp(-(d * d) / (2.0 * v)) * s * 0.5641895835477563
         return w, w * d / v, tl.where(w > 0, w * (d * d / v - 1.0) / (2.0 * v), 0.0)
@@ -163,7 +164,10 @@ def window_of(
     d = tl.where(valid, displacement, 0.0)
     d = tl.minimum(tl.maximum(d, -FARTHEST_PIXEL), FARTHEST_PIXEL)
     # The whole pixels of a displacement and the rest are told apart before the position is added, which is larger.
-    whole = tl.floor(d + 0.5) if ODD else tl.floor(d)
+    half = 0.5 if ODD else 0.0
+    if d.dtype == tl.float32:  # from 2^22 on the sum would lose the half
+        half = tl.where(tl.abs(d) < 4194304.0, half, 0.0)
+    whole = tl.floor(d + half)
     rest = d - whole
     pixel = position.to(INDEX) + whole.to(INDEX)
     inside_low = tl.maximum(low, -pixel)
@@ -180,7 +184,7 @@ def window_of(
     inverse = 1.0 + 0.0 * rest
     by_position = 0.0 * rest
     by_variance = 0.0 * rest
-    if NORMALIZE != "none" and FORM != "linear":
+    if NORMALIZE != "none":
         if FORM == "integrated":  # the mass of the cells is that of the interval which they fill
             some = low <= high
             start = edge_of((low.to(rest.dtype) - 0.5 - rest) * s)
@@ -191,7 +195,7 @@ def window_of(
         else:
             total = 0.0 * rest
             for offset in range(first, last + 1):
-                w, p, q = weight_of(offset - rest, nearest, gauss, FORM, NORMALIZE)
+                w, p, q = weight_of(offset, rest, nearest, gauss, FORM, NORMALIZE)
                 counted = (offset >= low) & (offset <= high)
                 total += tl.where(counted, w, 0.0)
                 by_position += tl.where(counted, p, 0.0)
@@ -258,7 +262,7 @@ def tap_between(
         if VARIANCE:
             q = mass_by_variance(start, end, v)
     else:
-        w, p, q = weight_of(offset - rest, nearest, gauss, FORM, NORMALIZE)
+        w, p, q = weight_of(offset, rest, nearest, gauss, FORM, NORMALIZE)
     if FORM != "linear":
         counted = (offset >= low) & (offset <= high)
         # At variance 0 every form is the nearest pixel.
@@ -745,7 +749,7 @@ def gaussian_warp_largest(
         if FORM == "density" and NORMALIZE == "none":  # a sum of densities is at most the integral and the highest
             bound *= 1.0 + 0.5641895835477563 * gauss[1]
         elif FORM == "linear":
-            bound *= tl.maximum(1, (last - first) * (last - first + 1)).to(ACC)
+            bound *= tl.maximum(1, (last - first) * (last - first) * (last - first)).to(ACC)
         else:
             bound *= 1.0 + 1e-6  # what rounding may add
     for c in range(channels):
@@ -1069,6 +1073,10 @@ class Problem:
         self.log_pixels = (self.pixels - 1).bit_length()
         # Below 2^62 even if all taps of all pixels fall onto one.
         self.second_bits = max(0, 62 - self.log_pixels - self.ranks * (taps - 1).bit_length())
+        # All taps of other paddings are inside.
+        normalize = "none" if options.form == "linear" else options.normalize
+        if normalize == "inside" and options.padding_mode != "zeros":
+            normalize = "window"
         one_patch = taps <= NARROW
         narrower = WIDE_CHUNK if self.limits is None else VARYING_CHUNK
         limit_count = 0 if self.limits is None else len(self.limits)
@@ -1087,7 +1095,7 @@ class Problem:
             "search_steps": limit_count.bit_length(),
             "RANKS": self.ranks,
             "FORM": options.form,
-            "NORMALIZE": options.normalize,
+            "NORMALIZE": normalize,
             "PADDING": options.padding_mode,
             "XY": options.xy,
             "SHARED": self.shared,
