@@ -403,25 +403,38 @@ def plane_sums(
         by_x = total
         by_variance = total
         for left in range(first, last + 1, CHUNK):
-            xs = taps_of(window_x, left, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE, CHUNK)
+            own_xs = taps_of(window_x, left, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE, CHUNK)
             if RANKS == 1:
                 sums = patch_sums(
-                    plane, target, above, factor, infinite, ys, xs, 1, CHUNK, FLOW, VARIANCE, VALUES, IMAGE, TWO_WORDS
+                    plane,
+                    target,
+                    above,
+                    factor,
+                    infinite,
+                    ys,
+                    own_xs,
+                    1,
+                    CHUNK,
+                    FLOW,
+                    VARIANCE,
+                    VALUES,
+                    IMAGE,
+                    TWO_WORDS,
                 )
                 total += sums[0]
                 by_x += sums[2]
                 by_variance += sums[3]
             else:
                 for top in range(first, last + 1, CHUNK):
-                    ys = taps_of(window_y, top, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE, CHUNK)
+                    own_ys = taps_of(window_y, top, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE, CHUNK)
                     sums = patch_sums(
                         plane,
                         target,
                         above,
                         factor,
                         infinite,
-                        ys,
-                        xs,
+                        own_ys,
+                        own_xs,
                         CHUNK,
                         CHUNK,
                         FLOW,
