@@ -40,16 +40,17 @@ from pykernels.ops.gaussian_warp.window import largest_variances, radius
 
 #: Pixels of a program.
 BLOCK = 128
-#: Windows of at most this many taps per axis are narrow: their weights are kept in registers.
-NARROW = 9
-#: Taps per axis of the patches of wider windows: of those that are as wide for all pixels, and of others.
-WIDE_CHUNK, VARYING_CHUNK = 8, 5
+#: Windows of at most this many taps per axis are narrow: their weights are kept in registers. Patches of wider ones have
+#: at most as many, and VARYING_CHUNK where widths vary.
+NARROW, VARYING_CHUNK = 6, 5
 #: Offsets and sizes from here on are computed with 64 bits.
 INT32_LIMIT = 2**29
 #: Arguments whose values no kernel is compiled anew for.
 UNSPECIALIZED = ("value", "scale_x", "scale_y", "scale_z", "first", "last", "most", "limit_count", "search_steps")
 UNSPECIALIZED += ("log_pixels", "second_bits", "blocks", "channels")
 FARTHEST_PIXEL = tl.constexpr(FARTHEST)
+#: Patches of at most this many taps are unrolled.
+UNROLLED = tl.constexpr(9)
 ACCUMULATOR = {torch.float64: tl.float64, torch.float32: tl.float32}
 
 
@@ -307,6 +308,59 @@ def taps_of(
 
 
 @triton.jit
+def row_sums(
+    plane,
+    target,
+    place,
+    factor,
+    infinite,
+    xs,
+    X: tl.constexpr,
+    FLOW: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    IMAGE: tl.constexpr,
+):
+    """Sums of the image over a row of taps: with their weights, and with the two derivatives.
+
+    ``place`` is that of the row, or -1. ``plane`` is None if no sums are asked for. With IMAGE, ``factor`` times the
+    weights goes to the image's gradient, and ``infinite`` times the weights as floating numbers.
+    """
+    total = 0.0 * factor
+    by_position = total
+    by_variance = total
+    for i in tl.static_range(X):
+        w = xs[0][i]
+        read = (place | xs[3][i]) >= 0
+        at = place + xs[3][i]
+        if plane is not None:
+            pixel = tl.load(plane + at, mask=read, other=0.0)
+            total += w * pixel
+            if FLOW:
+                by_position += xs[1][i] * pixel
+            if VARIANCE:
+                by_variance += xs[2][i] * pixel
+        if IMAGE:
+            sums, second, poison, second_scale = target
+            part = factor * w
+            whole = part.to(tl.int64)
+            tl.atomic_add(sums + at, whole, mask=read, sem="relaxed")
+            if second is not None:
+                rest = ((part - whole.to(part.dtype)) * second_scale).to(tl.int64)
+                tl.atomic_add(second + at, rest, mask=read, sem="relaxed")
+            tl.atomic_add(poison + at, infinite * w, mask=read & (infinite != 0), sem="relaxed")
+    return total, by_position, by_variance
+
+
+@triton.jit
+def pick(values, j, N: tl.constexpr):
+    """values[j] for a j that the compiler does not know."""
+    found = values[0]
+    for i in tl.static_range(1, N):
+        found = tl.where(j == i, values[i], found)
+    return found
+
+
+@triton.jit
 def patch_sums(
     plane,
     target,
@@ -315,53 +369,43 @@ def patch_sums(
     infinite,
     ys,
     xs,
+    rows,
     Y: tl.constexpr,
     X: tl.constexpr,
     FLOW: tl.constexpr,
     VARIANCE: tl.constexpr,
-    VALUES: tl.constexpr,
     IMAGE: tl.constexpr,
-    TWO_WORDS: tl.constexpr,
 ):
-    """Sums of the image over a patch with weights of both axes, with their derivatives on y and x, by the variance.
+    """Sums of the image over the first rows of a patch: with its weights, their derivatives on y and x, by variance.
 
-    ``above`` is the place of the patch's plane, or -1. With IMAGE, ``factor`` times the weights goes to the image's
-    gradient, ``infinite`` times the weights as floating numbers.
+    ``above`` is the place of the patch's plane, or -1. Small patches are unrolled, so that all of their loads are on
+    the way together; it would take too many registers for others.
     """
-    total = 0.0 * xs[0][0]
+    total = 0.0 * factor
     by_y = total
     by_x = total
     by_variance = total
-    for j in tl.static_range(Y):
-        row = 0.0 * xs[0][0]
-        row_by_x = row
-        row_by_variance = row
-        for i in tl.static_range(X):
-            read = (above | ys[3][j] | xs[3][i]) >= 0
-            at = above + ys[3][j] + xs[3][i]
-            if VALUES:
-                pixel = tl.load(plane + at, mask=read, other=0.0)
-                row += xs[0][i] * pixel
-                if FLOW:
-                    row_by_x += xs[1][i] * pixel
-                if VARIANCE:
-                    row_by_variance += xs[2][i] * pixel
-            if IMAGE:
-                sums, second, poison, second_scale = target
-                weight = ys[0][j] * xs[0][i]
-                part = factor * weight
-                whole = part.to(tl.int64)
-                tl.atomic_add(sums + at, whole, mask=read, sem="relaxed")
-                if TWO_WORDS:
-                    rest = (part - whole.to(part.dtype)) * second_scale
-                    tl.atomic_add(second + at, rest.to(tl.int64), mask=read, sem="relaxed")
-                tl.atomic_add(poison + at, infinite * weight, mask=read & (infinite != 0), sem="relaxed")
-        total += ys[0][j] * row
-        if FLOW:
-            by_y += ys[1][j] * row
-            by_x += ys[0][j] * row_by_x
-        if VARIANCE:
-            by_variance += ys[2][j] * row + ys[0][j] * row_by_variance
+    if Y * X <= UNROLLED:
+        for j in tl.static_range(Y):
+            w = ys[0][j]
+            place = tl.where((above | ys[3][j]) >= 0, above + ys[3][j], -1)
+            found = row_sums(plane, target, place, factor * w, infinite * w, xs, X, FLOW, VARIANCE, IMAGE)
+            total += w * found[0]
+            by_y += ys[1][j] * found[0]
+            by_x += w * found[1]
+            by_variance += ys[2][j] * found[0] + w * found[2]
+    else:
+        for j in range(rows):
+            w = pick(ys[0], j, Y)
+            below = pick(ys[3], j, Y)
+            place = tl.where((above | below) >= 0, above + below, -1)
+            found = row_sums(plane, target, place, factor * w, infinite * w, xs, X, FLOW, VARIANCE, IMAGE)
+            total += w * found[0]
+            if FLOW:
+                by_y += pick(ys[1], j, Y) * found[0]
+                by_x += w * found[1]
+            if VARIANCE:
+                by_variance += pick(ys[2], j, Y) * found[0] + w * found[2]
     return total, by_y, by_x, by_variance
 
 
@@ -387,47 +431,34 @@ def plane_sums(
     ONE_PATCH: tl.constexpr,
     FLOW: tl.constexpr,
     VARIANCE: tl.constexpr,
-    VALUES: tl.constexpr,
     IMAGE: tl.constexpr,
-    TWO_WORDS: tl.constexpr,
 ):
     """:func:`patch_sums` over the patches of a plane; ``xs`` and ``ys`` are the taps if there is one patch."""
-    Y: tl.constexpr = CHUNK if RANKS > 1 else 1
+    ROWS: tl.constexpr = CHUNK if RANKS > 1 else 1
     if ONE_PATCH:
+        rows = last - first + 1
         total, by_y, by_x, by_variance = patch_sums(
-            plane, target, above, factor, infinite, ys, xs, Y, CHUNK, FLOW, VARIANCE, VALUES, IMAGE, TWO_WORDS
+            plane, target, above, factor, infinite, ys, xs, rows, ROWS, CHUNK, FLOW, VARIANCE, IMAGE
         )
     else:
-        total = 0.0 * window_x[1]
+        total = 0.0 * factor
         by_y = total
         by_x = total
         by_variance = total
         for left in range(first, last + 1, CHUNK):
             own_xs = taps_of(window_x, left, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE, CHUNK)
             if RANKS == 1:
-                sums = patch_sums(
-                    plane,
-                    target,
-                    above,
-                    factor,
-                    infinite,
-                    ys,
-                    own_xs,
-                    1,
-                    CHUNK,
-                    FLOW,
-                    VARIANCE,
-                    VALUES,
-                    IMAGE,
-                    TWO_WORDS,
+                found = patch_sums(
+                    plane, target, above, factor, infinite, ys, own_xs, 1, 1, CHUNK, FLOW, VARIANCE, IMAGE
                 )
-                total += sums[0]
-                by_x += sums[2]
-                by_variance += sums[3]
+                total += found[0]
+                by_x += found[2]
+                by_variance += found[3]
             else:
                 for top in range(first, last + 1, CHUNK):
                     own_ys = taps_of(window_y, top, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE, CHUNK)
-                    sums = patch_sums(
+                    rows = tl.minimum(last + 1 - top, CHUNK)
+                    found = patch_sums(
                         plane,
                         target,
                         above,
@@ -435,18 +466,17 @@ def plane_sums(
                         infinite,
                         own_ys,
                         own_xs,
+                        rows,
                         CHUNK,
                         CHUNK,
                         FLOW,
                         VARIANCE,
-                        VALUES,
                         IMAGE,
-                        TWO_WORDS,
                     )
-                    total += sums[0]
-                    by_y += sums[1]
-                    by_x += sums[2]
-                    by_variance += sums[3]
+                    total += found[0]
+                    by_y += found[1]
+                    by_x += found[2]
+                    by_variance += found[3]
     return total, by_y, by_x, by_variance
 
 
@@ -622,8 +652,6 @@ def gaussian_warp_forward(
                     ONE_PATCH,
                     False,
                     False,
-                    True,
-                    False,
                     False,
                 )
                 result += w * sums[0]
@@ -648,8 +676,6 @@ def gaussian_warp_forward(
                 CHUNK,
                 ONE_PATCH,
                 False,
-                False,
-                True,
                 False,
                 False,
             )
@@ -830,7 +856,6 @@ def gaussian_warp_backward(
     IMAGE: tl.constexpr,
     FLOW: tl.constexpr,
     VARIANCE: tl.constexpr,
-    TWO_WORDS: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """With ADD the gradient of the variance is added to what is there."""
@@ -889,20 +914,22 @@ def gaussian_warp_backward(
     by_z = nothing
     by_variance = nothing
     for c in range(channels):
-        plane = image + b * image_stride_b + c * image_stride_c
+        plane = None
+        if FLOW or VARIANCE:
+            plane = image + b * image_stride_b + c * image_stride_c
         g = tl.load(grads + b * grads_stride_b + c * grads_stride_c + n, mask=valid, other=0.0)
         factor = nothing
         infinite = nothing
-        target = (plane, plane, plane, nothing)
+        target = None
         if IMAGE:
             at = (b * channels + c) * pixels
             finite = tl.abs(g) < float("inf")
             factor = shifted(tl.where(finite, g, 0.0), shift_of(tl.load(largest + b * channels + c), log_pixels), ACC)
             infinite = tl.where(finite, 0.0, g)
-            if TWO_WORDS:
-                target = (sums + at, second + at, poison + at, power_of_two(second_bits, ACC))
+            if second is None:
+                target = (sums + at, None, poison + at, 1.0)
             else:
-                target = (sums + at, sums + at, poison + at, nothing)
+                target = (sums + at, second + at, poison + at, power_of_two(second_bits, ACC))
         if RANKS > 2:
             for offset in range(first, last + 1):
                 w, p, q, above = tap_of(window_z, offset, gauss, FORM, NORMALIZE, PADDING, FLOW, VARIANCE)
@@ -927,9 +954,7 @@ def gaussian_warp_backward(
                     ONE_PATCH,
                     FLOW,
                     VARIANCE,
-                    FLOW or VARIANCE,
                     IMAGE,
-                    TWO_WORDS,
                 )
                 if FLOW:
                     by_z += g * p * found[0]
@@ -959,9 +984,7 @@ def gaussian_warp_backward(
                 ONE_PATCH,
                 FLOW,
                 VARIANCE,
-                FLOW or VARIANCE,
                 IMAGE,
-                TWO_WORDS,
             )
             if FLOW:
                 by_y += g * found[1]
@@ -1091,7 +1114,7 @@ class Problem:
         if normalize == "inside" and options.padding_mode != "zeros":
             normalize = "window"
         one_patch = taps <= NARROW
-        narrower = WIDE_CHUNK if self.limits is None else VARYING_CHUNK
+        even_chunk = int(triton.cdiv(taps, triton.cdiv(taps, NARROW)))
         limit_count = 0 if self.limits is None else len(self.limits)
         self.choices = {
             "limits": self.limits,
@@ -1113,7 +1136,7 @@ class Problem:
             "XY": options.xy,
             "SHARED": self.shared,
             "ODD": taps % 2 == 1,
-            "CHUNK": taps if one_patch else narrower,
+            "CHUNK": VARYING_CHUNK if self.limits is not None and not one_patch else even_chunk,
             "ONE_PATCH": one_patch,
             "BLOCK": BLOCK,
             "ACC": ACCUMULATOR[self.dtype],
@@ -1217,7 +1240,6 @@ def backward(
             IMAGE=to_image is not None,
             FLOW=of_flow is not None,
             VARIANCE=of_variance is not None,
-            TWO_WORDS=to_image is not None and to_image.words == 2,
             ADD=of_variance is not None and of_variance.shape[1] == 1 and step < p.steps - 1,
             INDEX=index,
         )
