@@ -60,7 +60,7 @@ class Mode(NamedTuple):
             "shared by steps": (1, self.steps, 1, *[1] * ranks),
         }
         if isinstance(self.variance, str):
-            found["variance"] = random(*shapes[self.variance]).square() / 3 + 0.05
+            found["variance"] = random(*shapes[self.variance]).square() / 8 + 0.05
         if self.odd:
             flow = found["flows"][0, 0, -1].view(-1)
             flow[:5] = torch.tensor([1e9, -3e9, INFINITY, NAN, 1e5 + 0.7])
@@ -141,7 +141,7 @@ ACCURACY = [
     *CHOICES[::5],
     *BILINEAR[1::4],
     Mode(support=None, variance=1.5),
-    Mode((5, 6), support=None, variance="map", steps=2),
+    Mode((5, 6), support=None, variance="map"),
     Mode((37,), support=None, variance="map", form="density", normalize="inside"),
     Mode((3, 4, 5), variance="shared", padding_mode="reflection"),
 ]

@@ -40,8 +40,8 @@ from pykernels.ops.gaussian_warp.window import largest_variances, radius
 
 #: Pixels of a program.
 BLOCK = 128
-#: Windows of at most this many taps per axis are narrow: their weights are kept in registers. Patches of wider ones have
-#: at most as many, and VARYING_CHUNK where widths vary.
+#: Windows of at most this many taps per axis are narrow: their weights are kept in registers. Patches of wider ones are
+#: at most as wide, and VARYING_CHUNK taps where widths vary.
 NARROW, VARYING_CHUNK = 6, 5
 #: Offsets and sizes from here on are computed with 64 bits.
 INT32_LIMIT = 2**29
