@@ -46,8 +46,21 @@ NARROW, VARYING_CHUNK = 6, 5
 #: Offsets and sizes from here on are computed with 64 bits.
 INT32_LIMIT = 2**29
 #: Arguments whose values no kernel is compiled anew for.
-UNSPECIALIZED = ("value", "scale_x", "scale_y", "scale_z", "first", "last", "most", "limit_count", "search_steps")
-UNSPECIALIZED += ("log_pixels", "second_bits", "blocks", "channels")
+UNSPECIALIZED = (
+    "value",
+    "scale_x",
+    "scale_y",
+    "scale_z",
+    "first",
+    "last",
+    "most",
+    "limit_count",
+    "search_steps",
+    "log_pixels",
+    "second_bits",
+    "blocks",
+    "channels",
+)
 FARTHEST_PIXEL = tl.constexpr(FARTHEST)
 #: Patches of at most this many taps are unrolled.
 UNROLLED = tl.constexpr(9)
@@ -301,8 +314,8 @@ def taps_of(
         if i == 0:
             weights, positions, variances, places = (w,), (p,), (q,), (place,)
         else:
-            weights, positions = weights + (w,), positions + (p,)  # noqa: RUF005
-            variances, places = variances + (q,), places + (place,)  # noqa: RUF005
+            weights, positions = weights + (w,), positions + (p,)  # type: ignore[assignment]  # noqa: RUF005
+            variances, places = variances + (q,), places + (place,)  # type: ignore[assignment]  # noqa: RUF005
         start = end
     return weights, positions, variances, places
 
