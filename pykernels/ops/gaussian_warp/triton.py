@@ -1,13 +1,13 @@
 """Gaussian warping for GPUs, in Triton; README.md has the equations.
 
 A program computes the pixels of one block, for all channels. Axes are called z, y and x, the last one x. Per pixel and
-axis it has a window (:func:`window_of`), and from it makes the weights of as many taps as CHUNK at a time
-(:func:`taps_of`): each weight is computed once and lies in a register when the taps of a patch are added up:
+axis it finds a window (:func:`window_of`), and from that the weights of CHUNK taps at a time (:func:`taps_of`), which lie
+in registers while the taps of a patch are added up:
 
-            x taps        weights of narrow windows are made before the loop over channels. Wider windows, and those
-          +--+--+--+      whose width follows from a variance that varies, are gone through in patches of CHUNK by CHUNK
-    y     |  |  |  |      taps, up to the widest of the block: then weights are made anew for every patch and channel,
-    taps  +--+--+--+      which is 2 for CHUNK^2 taps. Windows of three axes are a stack of patches.
+            x taps        Narrow windows are one patch, whose weights are made before the loop over channels. Others are
+          +--+--+--+      gone through patch by patch, up to the widest window of the block, and their weights are made
+    y     |  |  |  |      again for every patch and channel: 2 CHUNK of them for CHUNK^2 taps. Windows of three axes are
+    taps  +--+--+--+      a stack of patches.
           |  |  |  |
           +--+--+--+
 
