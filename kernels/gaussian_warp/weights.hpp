@@ -51,6 +51,11 @@ struct Counted {
     Index low, high;  // taps of the window that count, others have no weight
 };
 
+// Square root of the smallest normal number: the inverse square of a smaller variance would overflow, and the result is the
+// nearest pixel long before.
+template <class T>
+constexpr T negligible_variance = sizeof(T) == 4 ? T(0x1p-63) : T(0x1p-511);
+
 // The jet of the first `kinds` of: weights, derivative by f, by the variance.
 template <class T>
 PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f, Index taps, Index width, Index stride,
@@ -59,11 +64,12 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
     const Vec<T> zero(T(0)), one(T(1));
     const T first = -static_cast<T>((taps - 1) / 2);
     const Index low = max(Index(0), counted.low), high = min(taps, counted.high);
-    const bool nearest = form != WarpForm::linear && variance == 0;
+    const bool nearest = form != WarpForm::linear && variance <= negligible_variance<T>;
+    const Index nearest_tap = (taps - 1) / 2 + (taps % 2 == 0 && f >= T(0.5) ? 1 : 0);
     const T scale = T(1) / __builtin_sqrt(T(2) * variance), inverse = T(1) / variance;
     constexpr T inverse_sqrt_pi = static_cast<T>(0.564189583547756286948);
     // Of a density, relative to the tap that is nearest and counts, so that small variances do not underflow.
-    T shift = 0;
+    T closest = 0;
     const bool normalized = counted.normalize != WarpNormalize::none;
     if (normalized) {
         T best = static_cast<T>(low) + first - f;
@@ -71,14 +77,14 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
             const T d = static_cast<T>(j) + first - f;
             if (d * d < best * best) best = d;
         }
-        shift = best * best;
+        closest = best;
     }
     Vec<T> sum = zero, sum_f = zero, sum_v = zero;
     for (Index j = 0; j < width; j += lanes) {
         const Vec<T> tap = count_from(static_cast<T>(j)), d = tap + Vec<T>(first) - Vec<T>(f);
         Vec<T> w, by_f, by_v;
         if (nearest) {
-            w = select_between(tap, (taps - 1) / 2, (taps - 1) / 2 + 1, one, zero);
+            w = select_between(tap, nearest_tap, nearest_tap + 1, one, zero);
             by_f = by_v = zero;
         } else if (form == WarpForm::linear) {
             w = one - copysign(d, one);
@@ -94,10 +100,12 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
                 by_v = (a * at_a - b * at_b) * Vec<T>(T(0.5) * inverse);
             }
         } else {
-            w = exp((Vec<T>(shift) - d * d) * Vec<T>(T(0.5) * inverse));
+            // As a product, which is 0 at that tap however it is rounded.
+            const Vec<T> squares = (d - Vec<T>(closest)) * (d + Vec<T>(closest));
+            w = exp((zero - squares) * Vec<T>(T(0.5) * inverse));
             if (!normalized) w = w * Vec<T>(scale * inverse_sqrt_pi);
             by_f = w * d * Vec<T>(inverse);
-            const Vec<T> by_exponent = (d * d - Vec<T>(shift)) * Vec<T>(inverse);
+            const Vec<T> by_exponent = squares * Vec<T>(inverse);
             by_v = w * (by_exponent - Vec<T>(normalized ? T(0) : T(1))) * Vec<T>(T(0.5) * inverse);
         }
         w = select_between(tap, low, high, w, zero);
@@ -142,7 +150,8 @@ struct WeightTable {
 // 0: it would be too many.
 constexpr Index most_pieces = 256;
 PK_INLINE Index table_pieces(WarpForm form, double variance, Index taps) {
-    if (form == WarpForm::linear || variance == 0) return 1;
+    if (form == WarpForm::linear) return 1;
+    if (variance == 0) return taps % 2 == 0 ? 2 : 1;  // the nearest pixel
     for (Index pieces = 8; pieces <= most_pieces; pieces *= 2)
         if (static_cast<double>(taps + 1) <= 0.44 * variance * static_cast<double>(pieces)) return pieces;
     return 0;
@@ -151,6 +160,19 @@ PK_INLINE Index table_pieces(WarpForm form, double variance, Index taps) {
 template <class T>
 PK_INLINE Index table_elements(Index pieces, Index width, int kinds) {
     return pieces * kinds * (WeightTable<T>::degree + 1) * width;
+}
+
+// The coefficients of the polynomial through `count` points, from the constant up. Overwrites the values.
+PK_INLINE void interpolate(const double* node, double* value, int count, double* power) {
+    for (int order = 1; order < count; ++order)
+        for (int n = count - 1; n >= order; --n) value[n] = (value[n] - value[n - 1]) / (node[n] - node[n - order]);
+    // Newton's form, expanded.
+    for (int n = 0; n < count; ++n) power[n] = 0;
+    power[0] = value[count - 1];
+    for (int n = count - 2; n >= 0; --n) {
+        for (int i = count - 1 - n; i > 0; --i) power[i] = power[i - 1] - node[n] * power[i];
+        power[0] = value[n] - node[n] * power[0];
+    }
 }
 
 // Fills `table` by interpolation at Chebyshev nodes, computed in double. `work` holds (degree + 2) * 3 * (width + 8) doubles.
@@ -174,15 +196,8 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
             clear(out, nodes * table.width);
             for (Index j = 0; j < taps; ++j) {
                 for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + 2 * kind * wide + j];
-                for (int order = 1; order < nodes; ++order)
-                    for (int n = nodes - 1; n >= order; --n)
-                        differences[n] = (differences[n] - differences[n - 1]) / (node[n] - node[n - order]);
-                // Newton's form, expanded.
-                double power[nodes] = {differences[degree]};
-                for (int n = degree - 1; n >= 0; --n) {
-                    for (int i = degree - n; i > 0; --i) power[i] = power[i - 1] - node[n] * power[i];
-                    power[0] = differences[n] - node[n] * power[0];
-                }
+                double power[nodes];
+                interpolate(node, differences, nodes, power);
                 for (int n = 0; n < nodes; ++n) out[(degree - n) * table.width + j] = static_cast<T>(power[n]);
             }
         }

@@ -155,7 +155,8 @@ def _weights(
         weights = 1 + (1 - 2 * offsets) * distance
         return weights, inside if options.padding_mode == "zeros" else torch.ones_like(inside)
     v = distance.new_full((), options.value) if variance is None else variance.unsqueeze(-1)
-    positive = v > 0
+    # Below, the inverse square of a variance would overflow; the result is the nearest pixel long before.
+    positive = v > torch.finfo(v.dtype).tiny ** 0.5
     v = torch.where(positive, v, 1)
     window = torch.ones_like(inside)
     if options.support == 0 and variance is not None:
@@ -164,7 +165,7 @@ def _weights(
         window = offsets.abs() <= radii
     counted = window & inside if options.normalize == "inside" and options.padding_mode == "zeros" else window
     if options.form == "density":
-        exponent = -distance.square() / (2 * v)
+        exponent = distance.square() * (-0.5 / v)
         if options.normalize != "none":
             # The nearest tap has weight 1, so that small variances do not underflow.
             exponent = exponent - torch.where(counted, exponent.detach(), -torch.inf).amax(-1, keepdim=True).clamp(
@@ -177,8 +178,10 @@ def _weights(
         scale = (2 * v).rsqrt()
         weights = _mass((distance - 0.5) * scale, (distance + 0.5) * scale)
     # At variance 0 every form is the nearest pixel.
-    nearest = (offsets == 0).to(weights.dtype)
-    weights = torch.where(counted, torch.where(positive, weights, nearest), 0)
+    nearest = offsets == 0
+    if len(offsets) % 2 == 0:
+        nearest = torch.where(distance[..., (len(offsets) - 1) // 2, None] > -0.5, nearest, offsets == 1)
+    weights = torch.where(counted, torch.where(positive, weights, nearest.to(weights.dtype)), 0)
     if options.normalize != "none":
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
