@@ -1,8 +1,8 @@
 """Gaussian warping for GPUs, in Triton; README.md has the equations.
 
 A program computes the pixels of one block, for all channels. Axes are called z, y and x, the last one x. Per pixel and
-axis it finds a window (:func:`window_of`), and from that the weights of CHUNK taps at a time (:func:`taps_of`), which lie
-in registers while the taps of a patch are added up:
+axis it finds a window (:func:`window_of`), and from that the weights of CHUNK taps at a time (:func:`taps_of`), which
+lie in registers while the taps of a patch are added up:
 
             x taps        Narrow windows are one patch, whose weights are made before the loop over channels. Others are
           +--+--+--+      gone through patch by patch, up to the widest window of the block, and their weights are made
