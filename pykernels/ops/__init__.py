@@ -10,7 +10,13 @@ from pykernels.ops.causal_conv import (
     causal_conv_stack,
     weight_norm,
 )
-from pykernels.ops.gaussian_warp import bilinear_warp, diffusion_variance, gaussian_warp, gaussian_warp_rollout
+from pykernels.ops.gaussian_warp import (
+    bilinear_warp,
+    diffusion_variance,
+    flow_penalties,
+    gaussian_warp,
+    gaussian_warp_rollout,
+)
 from pykernels.ops.latent_ode import mlp_odeint, odeint, odeint_adjoint
 
 __all__ = [
@@ -23,6 +29,7 @@ __all__ = [
     "causal_conv_block",
     "causal_conv_stack",
     "diffusion_variance",
+    "flow_penalties",
     "gaussian_warp",
     "gaussian_warp_rollout",
     "mlp_odeint",
