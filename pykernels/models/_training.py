@@ -18,6 +18,8 @@ from pykernels.models._checkpoint import part
 
 Model = TypeVar("Model", bound=nn.Module)
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # of models
+
 
 class AdamTraining(ABC, Generic[Model]):
     """Steps, validations and early stops; what is minimised is up to the subclass.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pykernels._errors import InputError
 from pykernels.models import _checkpoint
 from pykernels.models._checkpoint import damage_named
-from pykernels.models._training import AdamTraining
+from pykernels.models._training import DTYPES, AdamTraining
 from pykernels.nn import MLPField
 from pykernels.ops import odeint
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
@@ -40,7 +40,6 @@ __all__ = ["NeuralODE", "NeuralODETraining", "log_mse", "train_neural_ode"]
 Array: TypeAlias = npt.NDArray[Any]
 
 MODEL, TRAINING = "neural_ode.model", "neural_ode.training"
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class NeuralODE(nn.Module):
