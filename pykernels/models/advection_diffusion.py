@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from pykernels._errors import InputError
 from pykernels.models import _checkpoint
-from pykernels.models._checkpoint import damage_named
+from pykernels.models._checkpoint import damage_named, part
 from pykernels.models._training import DTYPES, AdamTraining
 from pykernels.ops import bilinear_warp, diffusion_variance, flow_penalties, gaussian_warp
 
@@ -317,14 +317,23 @@ class AdvectionDiffusionForecaster(nn.Module):
         images, flows = zip(*parts, strict=True)
         return Forecast(torch.cat(images).cpu().numpy(), None if flows[0] is None else torch.cat(flows).cpu().numpy())
 
-    def save(self, path: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        about: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, Array] | None = None,
+    ) -> None:
         """Write the model to one file of tensors and JSON (safetensors), whole or not at all.
 
         Args:
             path: the file.
             about: kept with it, for readers; what JSON can hold.
+            arrays: kept with it too, such as what normalises its data.
         """
-        _checkpoint.save(Path(path), MODEL, self.state_dict(), {"options": self.options, "about": dict(about or {})})
+        tensors = {f"model.{name}": tensor for name, tensor in self.state_dict().items()}
+        tensors |= {f"arrays.{name}": torch.as_tensor(array) for name, array in (arrays or {}).items()}
+        _checkpoint.save(Path(path), MODEL, tensors, {"options": self.options, "about": dict(about or {})})
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Self:
@@ -333,18 +342,21 @@ class AdvectionDiffusionForecaster(nn.Module):
         Raises:
             InputError: if the file is something else, damaged or of a newer version. A :class:`ValueError`.
         """
-        return cls.load_with_about(path, device=device)[0]
+        return cls.load_all(path, device=device)[0]
 
     @classmethod
-    def load_with_about(cls, path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Self, dict[str, Any]]:
-        """As :meth:`load`, with what was said about the model."""
+    def load_all(
+        cls, path: str | Path, *, device: str | torch.device = "cpu"
+    ) -> tuple[Self, dict[str, Any], dict[str, Array]]:
+        """As :meth:`load`, with the ``about`` and the ``arrays`` that were kept with the model."""
         path = Path(path)
         tensors, values = _checkpoint.load(path, MODEL)
         with damage_named(path):
             model = cls(**values["options"], seed=0)
-            model.load_state_dict(tensors)
+            model.load_state_dict(part(tensors, "model."))
             about = dict(values["about"])
-        return model.to(device), about
+        arrays = {name: tensor.numpy() for name, tensor in part(tensors, "arrays.").items()}
+        return model.to(device), about, arrays
 
 
 class Penalties(NamedTuple):
