@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 import pykernels
@@ -52,7 +50,9 @@ def add(systems: dict[str, Any]) -> None:
     train.set_defaults(run=_train)
 
     reproduce = systems["reproduce"].add_parser(
-        "advection-diffusion", help="forecasts with and without a warp, beside each other", description=_reproduce.__doc__
+        "advection-diffusion",
+        help="forecasts with and without a warp, beside each other",
+        description=_reproduce.__doc__,
     )
     _add_settings(reproduce)
     reproduce.add_setting(
@@ -105,6 +105,9 @@ def _add_settings(parser: Parser) -> None:
     parser.add_setting(
         "--standardise", group=file, choices=["region", "image"], default="region", help="default: region"
     )
+    parser.add_setting(
+        "--window-stride", group=file, type=positive, default=1, metavar="N", help="one of N windows (default: 1)"
+    )
 
     model = parser.add_argument_group("model")
     parser.add_setting("--network", group=model, choices=["small", "published"], default="small", help="default: small")
@@ -116,9 +119,7 @@ def _add_settings(parser: Parser) -> None:
         metavar="X",
         help="in pixels squared per frame, to begin with (default: 0.25)",
     )
-    parser.add_setting(
-        "--fixed-diffusivity", group=model, action="store_true", default=False, help="it is not learned"
-    )
+    parser.add_setting("--fixed-diffusivity", group=model, action="store_true", default=False, help="it is not learned")
     for name in COEFFICIENTS:
         parser.add_setting(
             f"--{name}",
@@ -178,6 +179,7 @@ class _Job(Job):
                 s.size,
                 s.max_land,
                 s.standardise,
+                s.window_stride,
                 *(tuple(split) for split in (s.train_years, s.validation_years, s.test_years)),
             )
         return _simulated(s.sequences, s.tests, s.size, s.true_diffusivity, s.speed, not s.bounded, seed)
@@ -215,9 +217,7 @@ class _Job(Job):
                     saved.restore([training])
                     saved = None
 
-                def row(
-                    index: int, training: Any, loss: float, name: str = name, seed: int = seed
-                ) -> tuple[Any, ...]:
+                def row(index: int, training: Any, loss: float, name: str = name, seed: int = seed) -> tuple[Any, ...]:
                     step = training.steps_done
                     validated = training.validations and training.validations[-1][0] == step
                     validation = training.validation_loss if validated else ""
@@ -238,9 +238,7 @@ class _Job(Job):
                 if self.folder is not None:
                     end = "" if single else f"-{name}-seed{seed}"
                     about = {"method": name, "seed": seed, **data.about}
-                    training.model.save(
-                        self.folder.path / f"model{end}.safetensors", about=about, arrays=data.arrays
-                    )
+                    training.model.save(self.folder.path / f"model{end}.safetensors", about=about, arrays=data.arrays)
                     self.draw(training, data, end)
                 self.say(_line(method.title, report))
         return reports
@@ -349,7 +347,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    """Learn to forecast by a regularised warp, by one without penalties, by a bilinear one, and directly; test them all.
+    """Learn to forecast by a regularised warp, one without penalties, a bilinear one, and directly; test them all.
 
     Each seed draws its own simulated sequences and first weights. The published errors, of other data, are printed
     beside: what compares is the order.
@@ -363,7 +361,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     seeds = range(settings.seed, settings.seed + settings.seeds)
     data = job.data(seeds[0])
     job.begin(data.about)
-    job.say(f"{len(data.train)} sequences to train on, {len(data.validation)} to validate with, {len(data.test)} to test on")
+    job.say(
+        f"{len(data.train)} sequences to train on, {len(data.validation)} to validate with, {len(data.test)} to test on"
+    )
     tasks = [(name, METHODS[name], seed) for seed in seeds for name in settings.methods]
     reports = job.train_all(tasks)
     baselines = [job.baselines(job.data(seed), seed) for seed in seeds]
@@ -423,4 +423,31 @@ def _simulated(
 
     return simulated_ocean(
         sequences, tests, size=size, diffusivity=diffusivity, speed=speed, periodic=periodic, seed=seed
+    )
+
+
+@lru_cache(maxsize=1)
+def _from_file(
+    path: str,
+    variable: str | None,
+    size: int,
+    max_land: float,
+    standardise: str,
+    every: int,
+    train: tuple[int, int],
+    validation: tuple[int, int],
+    test: tuple[int, int],
+) -> ForecastData:
+    from pykernels.models.advection_diffusion_protocols import sea_surface
+
+    return sea_surface(
+        path,
+        variable=variable,
+        size=size,
+        max_land=max_land,
+        standardise=standardise,
+        every=every,
+        train=train,
+        validation=validation,
+        test=test,
     )

@@ -2,8 +2,8 @@
 
 A forecast is scored by its mean squared error at each lead time, over all pixels that count, in units of the data's
 standard deviation. Where the data are simulated, the motion that the model inferred and its diffusivity are compared
-with the true ones. Motion along lines of equal temperature changes nothing, so that no model can see it there: its error
-is also given where the temperature changes most, at the half of all pixels with the larger gradients.
+with the true ones. Where the temperature is even, motion changes nothing and no model can see it: its error is also
+given where the temperature changes most, at the half of all pixels with the larger gradients.
 
 Beside the models: persistence, which says that nothing changes, and for simulated data the warp by the true motion and
 diffusivity, which is as good as a warp from frame to frame can be.
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from pykernels.data.ocean import simulate
+from pykernels.data.sst import SSTRegions
 from pykernels.models.advection_diffusion import (
     HORIZON,
     INPUTS,
@@ -41,6 +43,7 @@ __all__ = [
     "forecast_scores",
     "forecast_seconds",
     "forecast_table",
+    "sea_surface",
     "simulated_ocean",
 ]
 
@@ -85,6 +88,7 @@ class ForecastData:
         about: the data in a few words and numbers, for JSON.
         flow: the true motion of the predicted test images in pixels, shape (N, horizon, 2, H, W), if it is known.
         diffusivity: the true one, in pixels squared per frame, if it is known.
+        arrays: what it takes to bring forecasts back to the units of the data, to be kept with a model.
     """
 
     train: Array
@@ -97,6 +101,7 @@ class ForecastData:
     test_valid: Array | None = None
     flow: Array | None = None
     diffusivity: float | None = None
+    arrays: dict[str, Array] = field(default_factory=dict)
 
 
 def simulated_ocean(
@@ -149,6 +154,61 @@ def simulated_ocean(
     )
 
 
+def sea_surface(
+    path: str | Path,
+    *,
+    variable: str | None = None,
+    size: int = 64,
+    max_land: float = 0.0,
+    standardise: str = "region",
+    every: int = 1,
+    train: tuple[int, int] = (2006, 2013),
+    validation: tuple[int, int] = (2014, 2015),
+    test: tuple[int, int] = (2016, 2017),
+) -> ForecastData:
+    """Windows of sea-surface temperature from a NetCDF file, by :class:`pykernels.data.sst.SSTRegions`.
+
+    The published years of training are 2006 to 2015, of which the last two choose the best model here.
+
+    Args:
+        path: of the file.
+        variable, size, max_land, standardise: of the regions.
+        every: takes one of so many windows that follow each other; all of them take ten times the memory of the file.
+        train, validation, test: first and last year of each split.
+
+    Raises:
+        InputError: if the file or an argument cannot be used.
+        MissingExtraError: without the extra ``netcdf``.
+    """
+    regions = SSTRegions(
+        path,
+        variable=variable,
+        size=size,
+        max_land=max_land,
+        standardise=standardise,
+        train=train,
+        validation=validation,
+        test=test,
+        inputs=INPUTS,
+        horizon=HORIZON,
+    )
+    parts = {split: regions.windows(split, stride=every) for split in ("train", "validation", "test")}
+    images = {split: frames.numpy() for split, (frames, _, _) in parts.items()}
+    sea = {split: None if valid.all() else valid.numpy() for split, (_, valid, _) in parts.items()}
+    arrays, settings = regions.scaling.state()
+    return ForecastData(
+        train=images["train"],
+        validation=images["validation"],
+        test=images["test"],
+        padding_mode="reflection",
+        about={"data": Path(path).name, "every": every, **regions.describe(), "scaling": settings},
+        train_valid=sea["train"],
+        validation_valid=sea["validation"],
+        test_valid=sea["test"],
+        arrays=arrays,
+    )
+
+
 def forecast_scores(model: AdvectionDiffusionForecaster, data: ForecastData, *, border: int = 0) -> dict[str, Any]:
     """Score a model on the test sequences.
 
@@ -158,8 +218,8 @@ def forecast_scores(model: AdvectionDiffusionForecaster, data: ForecastData, *, 
         border: so many pixels along the edges do not count.
 
     Returns:
-        For JSON: ``mse``, a list over lead times, and ``mean_mse``; ``forecast_seconds``, of one sequence; and where the
-        model has them ``diffusivity``, and ``flow`` and ``flow_visible``, of :func:`flow_scores`, everywhere and where
+        For JSON: ``mse``, a list over lead times, and ``mean_mse``; ``forecast_seconds``, of one sequence; and, where
+        there are any, ``diffusivity``, and ``flow`` and ``flow_visible``, of :func:`flow_scores`, everywhere and where
         the temperature changes most.
     """
     inputs = model.options["inputs"]
@@ -167,8 +227,9 @@ def forecast_scores(model: AdvectionDiffusionForecaster, data: ForecastData, *, 
     forecast = model.predict(data.test[:, :inputs], data.test.shape[1] - inputs)
     scores: dict[str, Any] = _errors(forecast.images, data.test[:, inputs:], counted)
     scores["forecast_seconds"] = forecast_seconds(model, data.test[:1, :inputs])
-    if model.diffusivity is not None:
-        scores["diffusivity"] = float(model.diffusivity)
+    diffusivity = model.diffusivity
+    if diffusivity is not None:
+        scores["diffusivity"] = diffusivity.item() if isinstance(diffusivity, torch.Tensor) else diffusivity
     if forecast.flows is not None and data.flow is not None:
         scores["flow"] = flow_scores(forecast.flows, data.flow, counted)
         # The motion of a step is seen in the image that it moves.
