@@ -14,6 +14,7 @@ from pykernels._errors import require
 from pykernels.models._picture import _saved
 
 ARROWS = 16  # along each axis of a motion field
+TRUE_MOTION = "#009E73"
 MILLISECONDS = 500  # that a frame of the animation is shown
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -56,7 +57,7 @@ class Shown:
 
 def forecast_picture(shown: Shown, *, title: str, suffix: str = ".png") -> bytes:
     """The inputs; below them for each lead time the prediction, and as far as there are any the truth, the error, and
-    the motion as arrows, the true one in grey.
+    the motion as arrows, the true one in green.
 
     Args:
         shown: the forecast.
@@ -83,7 +84,8 @@ def forecast_picture(shown: Shown, *, title: str, suffix: str = ".png") -> bytes
             panel.set(xticks=[], yticks=[])
             if column >= (count if name == "inputs" else steps):
                 panel.set_visible(False)
-        axes[row, 0].set_ylabel(name)
+        true = name == "motion" and shown.true_flows is not None
+        axes[row, 0].set_ylabel("motion (true: green)" if true else name)
     for k in range(count):
         temperature = axes[0, k].imshow(shown.masked(shown.inputs[k]), **colours)
         axes[0, k].set_title(f"t{k - count + 1:+d}" if k < count - 1 else "t", fontsize=9)
@@ -145,7 +147,9 @@ def forecast_animation(shown: Shown, *, title: str) -> bytes:
 def _draw_motion(panel: Any, shown: Shown, step: int) -> None:
     """Arrows of one step, to the same scale in all steps: the fastest are one and a half arrow spacings long."""
     assert shown.flows is not None
-    both = [(shown.flows, "black")] if shown.true_flows is None else [(shown.true_flows, "0.5"), (shown.flows, "black")]
+    both = [(shown.flows, "black")]
+    if shown.true_flows is not None:
+        both.insert(0, (shown.true_flows, TRUE_MOTION))
     height, width = shown.inputs.shape[1:]
     stride = max(1, max(height, width) // ARROWS)
     rows, columns = np.meshgrid(

@@ -231,11 +231,12 @@ def forecast_scores(model: AdvectionDiffusionForecaster, data: ForecastData, *, 
     if diffusivity is not None:
         scores["diffusivity"] = diffusivity.item() if isinstance(diffusivity, torch.Tensor) else diffusivity
     if forecast.flows is not None and data.flow is not None:
-        scores["flow"] = flow_scores(forecast.flows, data.flow, counted)
+        pixels = _with_time(counted, data.test)
+        scores["flow"] = flow_scores(forecast.flows, data.flow, pixels)
         # The motion of a step is seen in the image that it moves.
         gradients = np.linalg.norm(np.gradient(data.test[:, inputs - 1 : -1], axis=(2, 3)), axis=0)
         visible = gradients > np.median(gradients, axis=(2, 3), keepdims=True)
-        scores["flow_visible"] = flow_scores(forecast.flows, data.flow, visible & _with_time(counted, visible))
+        scores["flow_visible"] = flow_scores(forecast.flows, data.flow, visible & pixels)
     return scores
 
 
