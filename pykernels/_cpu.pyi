@@ -104,3 +104,26 @@ def ode_combine(
 def ode_combine_backward(
     is_double: bool, n: int, grad: int, coefficients: list[float], grad_k: list[int], threads: int, /
 ) -> None: ...
+
+def gaussian_warp_forward_float(
+    sizes: list[int],
+    strides: list[int],
+    arrays: tuple[int, int, int, int, int],
+    value: float,
+    scale: list[float],
+    varies: bool,
+    /,
+) -> None: ...
+def gaussian_warp_backward_float(
+    sizes: list[int],
+    strides: list[int],
+    arrays: tuple[int, int, int, int, int],
+    value: float,
+    scale: list[float],
+    varies: bool,
+    gradients: tuple[int, int, int, int],
+    /,
+) -> None: ...
+
+gaussian_warp_forward_double = gaussian_warp_forward_float
+gaussian_warp_backward_double = gaussian_warp_backward_float

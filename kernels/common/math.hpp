@@ -123,31 +123,60 @@ PK_INLINE Vec<float> tanh_fast(Vec<float> x) {
 }
 PK_INLINE Vec<double> tanh_fast(Vec<double> x) { return tanh(x); }
 
+// erf x for |x| <= 0.46875, and erfc(x) exp(x^2) from there to 4 and, with larger errors, to 6: Cody's rational functions.
+template <class T>
+PK_INLINE Vec<T> erf_near(Vec<T> x) {
+    constexpr double above[] = {1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2,
+                                3.77485237685302021e2, 3.20937758913846947e3};
+    constexpr double below[] = {1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3,
+                                2.84423683343917062e3};
+    const Vec<T> square = x * x;
+    return x * polynomial(above, square) / polynomial(below, square);
+}
+template <class T>
+PK_INLINE Vec<T> scaled_erfc(Vec<T> x) {
+    constexpr double above[] = {2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0,
+                                6.61191906371416295e1,  2.98635138197400131e2,  8.81952221241769090e2,
+                                1.71204761263407058e3,  2.05107837782607147e3,  1.23033935479799725e3};
+    constexpr double below[] = {1.0,
+                                1.57449261107098347e1,
+                                1.17693950891312499e2,
+                                5.37181101862009858e2,
+                                1.62138957456669019e3,
+                                3.29079923573345963e3,
+                                4.36261909014324716e3,
+                                3.43936767414372164e3,
+                                1.23033935480374942e3};
+    return polynomial(above, x) / polynomial(below, x);
+}
+
 // Absolute error below 2 eps; NaN stays NaN.
 template <class T>
 PK_INLINE Vec<T> erf(Vec<T> x) {
-    constexpr double near_above[] = {1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2,
-                                     3.77485237685302021e2, 3.20937758913846947e3};
-    constexpr double near_below[] = {1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3,
-                                     2.84423683343917062e3};
-    constexpr double far_above[] = {2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0,
-                                    6.61191906371416295e1,  2.98635138197400131e2,  8.81952221241769090e2,
-                                    1.71204761263407058e3,  2.05107837782607147e3,  1.23033935479799725e3};
-    constexpr double far_below[] = {1.0,
-                                    1.57449261107098347e1,
-                                    1.17693950891312499e2,
-                                    5.37181101862009858e2,
-                                    1.62138957456669019e3,
-                                    3.29079923573345963e3,
-                                    4.36261909014324716e3,
-                                    3.43936767414372164e3,
-                                    1.23033935480374942e3};
-    const Vec<T> magnitude = copysign(x, Vec<T>(T(1))), limit(T(6)), square = x * x;
-    const Vec<T> inner = x * polynomial(near_above, square) / polynomial(near_below, square);
+    const Vec<T> magnitude = copysign(x, Vec<T>(T(1))), limit(T(6));
     const Vec<T> a = select_le(limit, magnitude, limit, magnitude);
-    const Vec<T> tail = exp(Vec<T>(T(0)) - a * a) * polynomial(far_above, a) / polynomial(far_below, a);
-    const Vec<T> outer = copysign(Vec<T>(T(1)) - tail, x);
-    return select_le(magnitude, Vec<T>(T(0.46875)), inner, outer);
+    const Vec<T> outer = copysign(Vec<T>(T(1)) - exp(Vec<T>(T(0)) - a * a) * scaled_erfc(a), x);
+    return select_le(magnitude, Vec<T>(T(0.46875)), erf_near(x), outer);
+}
+
+// erfc x for x >= 0. Error relative to the result below 4 eps (1 + x^2), as long as that is a normal number; NaN stays NaN.
+template <class T>
+PK_INLINE Vec<T> erfc_of_positive(Vec<T> x) {
+    constexpr double above[] = {1.63153871373020978e-2, 3.05326634961232344e-1, 3.60344899949804439e-1,
+                                1.25781726111229246e-1, 1.60837851487422766e-2, 6.58749161529837803e-4};
+    constexpr double below[] = {1.0,
+                                2.56852019228982242e0,
+                                1.87295284992346725e0,
+                                5.27905102951428412e-1,
+                                6.05183413124413191e-2,
+                                2.33520497626869185e-3};
+    const Vec<T> one(T(1)), four(T(4));
+    const Vec<T> a = select_le(x, four, x, four), b = select_le(x, four, four, x);  // the ranges of the two formulas
+    const Vec<T> inverse = one / b, square = inverse * inverse;
+    const Vec<T> far =
+        (Vec<T>(T(0.564189583547756286948)) - square * polynomial(above, square) / polynomial(below, square)) * inverse;
+    const Vec<T> outer = exp(Vec<T>(T(0)) - x * x) * select_le(x, four, scaled_erfc(a), far);
+    return select_le(x, Vec<T>(T(0.46875)), one - erf_near(x), outer);
 }
 
 // log(1 + exp x) = max(x, 0) + log1p(u), u = exp(-|x|), log1p u = 2 atanh(u / (2 + u)). Error below 4 ulp; NaN stays NaN.

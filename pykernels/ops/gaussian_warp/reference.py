@@ -105,7 +105,7 @@ def _warp(image: Tensor, flow: Tensor, variance: Tensor | None, options: Options
         displacement = -options.scale[axis] * flow[:, ranks - 1 - axis if options.xy else axis]
         displacement = torch.where(valid, displacement, 0).clamp(-FARTHEST, FARTHEST)
         # The whole pixels of a displacement and the rest are told apart before the position is added, which is larger.
-        whole = (displacement.detach() + (0.5 if taps % 2 else 0.0)).floor()
+        whole = _whole(displacement.detach(), taps)
         rest = displacement - whole
         offsets = torch.arange(-((taps - 1) // 2), taps // 2 + 1, device=image.device)
         shape = [1] * ranks
@@ -119,6 +119,15 @@ def _warp(image: Tensor, flow: Tensor, variance: Tensor | None, options: Options
         indices.append(_padded(pixels, size, options.padding_mode))
     result = _sum(image, weights, masks, indices)
     return torch.where(valid.unsqueeze(1), result, torch.nan)
+
+
+def _whole(displacement: Tensor, taps: int) -> Tensor:
+    """The pixel nearest to a displacement, or for an even number of taps the one before it."""
+    if taps % 2 == 0:
+        return displacement.floor()
+    # From 2^22 on, in float32, the sum would lose the half.
+    exact = 0.5 / torch.finfo(displacement.dtype).eps
+    return torch.where(displacement.abs() < exact, displacement + 0.5, displacement).floor()
 
 
 def _taps(variance: Tensor | None, options: Options, ranks: int) -> int:
@@ -142,16 +151,18 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights (B, *S, K) of taps at these distances from the centre, and which of them read the image."""
     if options.form == "linear":
-        return 1 - distance.abs(), inside if options.padding_mode == "zeros" else torch.ones_like(inside)
+        # 1 + d and 1 - d: where the centre is on a pixel, the derivative is that towards the next one.
+        weights = 1 + (1 - 2 * offsets) * distance
+        return weights, inside if options.padding_mode == "zeros" else torch.ones_like(inside)
     v = distance.new_full((), options.value) if variance is None else variance.unsqueeze(-1)
     positive = v > 0
     v = torch.where(positive, v, 1)
     window = torch.ones_like(inside)
     if options.support == 0 and variance is not None:
         limits = largest_variances(mass_beyond(options, ranks), most_radius(options))[: max(len(offsets) // 2 - 1, 0)]
-        radii = 1 + (v > v.new_tensor(limits)).sum(-1, keepdim=True)
+        radii = torch.where(positive, 1 + (v > v.new_tensor(limits)).sum(-1, keepdim=True), 0)
         window = offsets.abs() <= radii
-    counted = window & inside if options.normalize == "inside" else window
+    counted = window & inside if options.normalize == "inside" and options.padding_mode == "zeros" else window
     if options.form == "density":
         exponent = -distance.square() / (2 * v)
         if options.normalize != "none":
@@ -209,7 +220,7 @@ def _sum(image: Tensor, weights: list[Tensor], masks: list[Tensor], indices: lis
             weight = weight * weights[axis][..., taps[axis], None]
             mask = mask & masks[axis][..., taps[axis], None]
             stride *= sizes[axis]
-        where = index.expand(batch, *sizes, -1).reshape(batch, 1, -1).expand(-1, channels, -1)
-        row = flat.gather(2, where).view(batch, channels, *sizes, -1)
+        where = index.expand(batch, *sizes, -1).flatten(1).unsqueeze(1).expand(-1, channels, -1)
+        row = flat.gather(2, where).view(batch, channels, *sizes, index.shape[-1])
         total = total + torch.where(mask.unsqueeze(1), row * weight.unsqueeze(1), 0).sum(-1)
     return total

@@ -1,0 +1,224 @@
+// Weights of the taps on one axis, and their derivatives. For kernel units.
+//
+// A centre lies f from the nearest pixel (odd K, -1/2 <= f < 1/2) or from the pixel before it (even K, 0 <= f < 1), and tap j
+// at the distance d = j - (K - 1) / 2 - f from it. A jet is the weights of all taps, their derivatives by f, and those by the
+// variance, each in `width` lanes, of which those beyond K are 0.
+#pragma once
+
+#include "common/arrays.hpp"
+#include "common/math.hpp"
+#include "common/simd.hpp"
+#include "gaussian_warp/gaussian_warp.hpp"
+
+PK_ISA_BEGIN
+
+// Lane i holds first + i.
+template <class T>
+PK_INLINE Vec<T> count_from(T first) {
+    T lane[Vec<T>::lanes];
+    for (int i = 0; i < Vec<T>::lanes; ++i) lane[i] = first + static_cast<T>(i);
+    return Vec<T>::load(lane);
+}
+
+// yes where low <= x < high, lane by lane, for integers x.
+template <class T>
+PK_INLINE Vec<T> select_between(Vec<T> x, Index low, Index high, Vec<T> yes, Vec<T> no) {
+    const Vec<T> below = select_le(x, Vec<T>(static_cast<T>(high) - T(0.5)), yes, no);
+    return select_le(Vec<T>(static_cast<T>(low) - T(0.5)), x, below, no);
+}
+
+template <class T>
+PK_INLINE T sum_lanes(Vec<T> x) {
+    T lane[Vec<T>::lanes], sum = 0;
+    x.store(lane);
+    for (int i = 0; i < Vec<T>::lanes; ++i) sum += lane[i];
+    return sum;
+}
+
+// (erf(high) - erf(low)) / 2 for low < high, without cancellation in the tails.
+template <class T>
+PK_INLINE Vec<T> gaussian_mass(Vec<T> low, Vec<T> high) {
+    const Vec<T> zero(T(0)), one(T(1)), half(T(0.5));
+    const Vec<T> a = erfc_of_positive(copysign(low, one)) * half, b = erfc_of_positive(copysign(high, one)) * half;
+    const Vec<T> around = (one - a) - b;
+    const Vec<T> above = select_le(low, zero, around, a - b);
+    return select_le(zero, high, above, b - a);
+}
+
+// What normalisation divides by, and what it does not count.
+struct Counted {
+    WarpNormalize normalize;
+    Index low, high;  // taps of the window that count, others have no weight
+};
+
+// The jet of the first `kinds` of: weights, derivative by f, by the variance.
+template <class T>
+PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f, Index taps, Index width, int kinds,
+                                T* jet) {
+    constexpr int lanes = Vec<T>::lanes;
+    const Vec<T> zero(T(0)), one(T(1));
+    const T first = -static_cast<T>((taps - 1) / 2);
+    const Index low = max(Index(0), counted.low), high = min(taps, counted.high);
+    const bool nearest = form != WarpForm::linear && variance == 0;
+    const T scale = T(1) / __builtin_sqrt(T(2) * variance), inverse = T(1) / variance;
+    constexpr T inverse_sqrt_pi = static_cast<T>(0.564189583547756286948);
+    // Of a density, relative to the tap that is nearest and counts, so that small variances do not underflow.
+    T shift = 0;
+    const bool normalized = counted.normalize != WarpNormalize::none;
+    if (normalized) {
+        T best = static_cast<T>(low) + first - f;
+        for (Index j = low + 1; j < high; ++j) {
+            const T d = static_cast<T>(j) + first - f;
+            if (d * d < best * best) best = d;
+        }
+        shift = best * best;
+    }
+    Vec<T> sum = zero, sum_f = zero, sum_v = zero;
+    for (Index j = 0; j < width; j += lanes) {
+        const Vec<T> tap = count_from(static_cast<T>(j)), d = tap + Vec<T>(first) - Vec<T>(f);
+        Vec<T> w, by_f, by_v;
+        if (nearest) {
+            w = select_between(tap, (taps - 1) / 2, (taps - 1) / 2 + 1, one, zero);
+            by_f = by_v = zero;
+        } else if (form == WarpForm::linear) {
+            w = one - copysign(d, one);
+            by_f = select_le(d, zero, Vec<T>(T(-1)), one);
+            by_v = zero;
+        } else if (form == WarpForm::integrated) {
+            const Vec<T> a = (d - Vec<T>(T(0.5))) * Vec<T>(scale), b = (d + Vec<T>(T(0.5))) * Vec<T>(scale);
+            w = gaussian_mass(a, b);
+            if (kinds > 1) {
+                const Vec<T> at_a = exp(zero - a * a) * Vec<T>(inverse_sqrt_pi);
+                const Vec<T> at_b = exp(zero - b * b) * Vec<T>(inverse_sqrt_pi);
+                by_f = (at_a - at_b) * Vec<T>(scale);
+                by_v = (a * at_a - b * at_b) * Vec<T>(T(0.5) * inverse);
+            }
+        } else {
+            w = exp((Vec<T>(shift) - d * d) * Vec<T>(T(0.5) * inverse));
+            if (!normalized) w = w * Vec<T>(scale * inverse_sqrt_pi);
+            by_f = w * d * Vec<T>(inverse);
+            const Vec<T> by_exponent = (d * d - Vec<T>(shift)) * Vec<T>(inverse);
+            by_v = w * (by_exponent - Vec<T>(normalized ? T(0) : T(1))) * Vec<T>(T(0.5) * inverse);
+        }
+        w = select_between(tap, low, high, w, zero);
+        w.store(jet + j);
+        sum = sum + w;
+        if (kinds > 1) {
+            by_f = select_between(tap, low, high, by_f, zero);
+            by_f.store(jet + width + j);
+            sum_f = sum_f + by_f;
+        }
+        if (kinds > 2) {
+            by_v = select_between(tap, low, high, by_v, zero);
+            by_v.store(jet + 2 * width + j);
+            sum_v = sum_v + by_v;
+        }
+    }
+    if (!normalized) return;
+    const T found = sum_lanes(sum);
+    const Vec<T> total(found > 0 ? found : T(1));
+    const Vec<T> slope_f(kinds > 1 ? sum_lanes(sum_f) : T(0)), slope_v(kinds > 2 ? sum_lanes(sum_v) : T(0));
+    for (Index j = 0; j < width; j += lanes) {
+        const Vec<T> w = Vec<T>::load(jet + j) / total;
+        w.store(jet + j);
+        if (kinds > 1) ((Vec<T>::load(jet + width + j) - w * slope_f) / total).store(jet + width + j);
+        if (kinds > 2) ((Vec<T>::load(jet + 2 * width + j) - w * slope_v) / total).store(jet + 2 * width + j);
+    }
+}
+
+// Jets as polynomials of f on `pieces` equal intervals of its range: (piece, kind, coefficient, lane), in the variable
+// u = (f - middle of the piece) / its length, from the highest power to the constant.
+template <class T>
+struct WeightTable {
+    static constexpr int degree = sizeof(T) == 4 ? 4 : 8;
+    Index pieces, taps, width;
+    int kinds;
+    T* coefficients;
+};
+
+// A polynomial of a Gaussian on an interval of length h is off by its slope times h / 2, (d h / 2 v)^(n+1) / (2^n (n+1)!)
+// relative at the outermost tap: this many pieces leave 3e-7 in float, 1e-14 in double. 0: it would be too many.
+constexpr Index most_pieces = 256;
+PK_INLINE Index table_pieces(WarpForm form, double variance, Index taps) {
+    if (form == WarpForm::linear || variance == 0) return 1;
+    for (Index pieces = 8; pieces <= most_pieces; pieces *= 2)
+        if (static_cast<double>(taps + 1) <= 0.88 * variance * static_cast<double>(pieces)) return pieces;
+    return 0;
+}
+
+template <class T>
+PK_INLINE Index table_elements(Index pieces, Index width, int kinds) {
+    return pieces * kinds * (WeightTable<T>::degree + 1) * width;
+}
+
+// Fills `table` by interpolation at Chebyshev nodes, computed in double. `work` holds (degree + 2) * 3 * (width + 8) doubles.
+template <class T>
+void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, double variance, double* work) {
+    constexpr int degree = WeightTable<T>::degree, nodes = degree + 1;
+    const Index taps = table.taps, wide = divide_up(taps, Vec<double>::lanes) * Vec<double>::lanes;
+    const double origin = taps % 2 == 1 ? -0.5 : 0.0;
+    double node[nodes];
+    for (int n = 0; n < nodes; ++n) node[n] = 0.5 * __builtin_cos(3.14159265358979323846 * (n + 0.5) / nodes);
+    const Index jet = 3 * wide;
+    double* const differences = work + nodes * jet;
+    for (Index piece = 0; piece < table.pieces; ++piece) {
+        for (int n = 0; n < nodes; ++n) {
+            const double f = origin + (static_cast<double>(piece) + 0.5 + node[n]) / static_cast<double>(table.pieces);
+            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, table.kinds, work + n * jet);
+        }
+        for (int kind = 0; kind < table.kinds; ++kind) {
+            T* const out = table.coefficients + (piece * table.kinds + kind) * nodes * table.width;
+            clear(out, nodes * table.width);
+            for (Index j = 0; j < taps; ++j) {
+                for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + kind * wide + j];
+                for (int order = 1; order < nodes; ++order)
+                    for (int n = nodes - 1; n >= order; --n)
+                        differences[n] = (differences[n] - differences[n - 1]) / (node[n] - node[n - order]);
+                // Newton's form, expanded.
+                double power[nodes] = {differences[degree]};
+                for (int n = degree - 1; n >= 0; --n) {
+                    for (int i = degree - n; i > 0; --i) power[i] = power[i - 1] - node[n] * power[i];
+                    power[0] = differences[n] - node[n] * power[0];
+                }
+                for (int n = 0; n < nodes; ++n) out[(degree - n) * table.width + j] = static_cast<T>(power[n]);
+            }
+        }
+    }
+}
+
+// The jet at u in a piece.
+template <class T, int kinds>
+PK_INLINE void tabulated_weights(const WeightTable<T>& table, Index piece, T u, T* jet) {
+    constexpr int degree = WeightTable<T>::degree;
+    const T* c = table.coefficients + piece * kinds * (degree + 1) * table.width;
+    const Vec<T> at(u);
+    for (int kind = 0; kind < kinds; ++kind, c += (degree + 1) * table.width)
+        for (Index j = 0; j < table.width; j += Vec<T>::lanes) {
+            Vec<T> w = Vec<T>::load(c + j);
+#pragma GCC unroll 8
+            for (int n = 1; n <= degree; ++n) w = w * at + Vec<T>::load(c + n * table.width + j);
+            w.store(jet + kind * table.width + j);
+        }
+}
+
+// Normalises a jet again over the taps that count alone.
+template <class T>
+PK_INLINE void renormalize(T* jet, Index low, Index high, Index taps, Index width, int kinds) {
+    T total = 0;
+    for (Index j = 0; j < taps; ++j) {
+        const bool counts = low <= j && j < high;
+        for (int kind = 0; kind < kinds; ++kind)
+            if (!counts) jet[kind * width + j] = 0;
+        total += jet[j];
+    }
+    if (!(total > 0)) total = 1;
+    for (Index j = low; j < high; ++j) jet[j] /= total;
+    for (int kind = 1; kind < kinds; ++kind) {
+        T* const slope = jet + kind * width;
+        T sum = 0;
+        for (Index j = low; j < high; ++j) sum += slope[j];
+        for (Index j = low; j < high; ++j) slope[j] = (slope[j] - jet[j] * sum) / total;
+    }
+}
+
+PK_ISA_END
