@@ -104,7 +104,6 @@ def ode_combine(
 def ode_combine_backward(
     is_double: bool, n: int, grad: int, coefficients: list[float], grad_k: list[int], threads: int, /
 ) -> None: ...
-
 def gaussian_warp_forward_float(
     sizes: list[int],
     strides: list[int],

@@ -37,7 +37,6 @@ METRICS = ("method", "seed", "step", "loss", "validation_loss", "seconds")
 METHOD_NAMES = ("regularised", "unregularised", "bilinear", "direct")
 WARPS = ("gaussian", "bilinear", "direct")
 COEFFICIENTS = ("divergence", "magnitude", "smoothness")
-PICTURE, ANIMATION = "forecast.png", "forecast.gif"
 
 
 def add(systems: dict[str, Any]) -> None:
@@ -276,7 +275,7 @@ class _Job(Job):
         )
 
     def draw(self, training: AdvectionDiffusionTraining, data: ForecastData, end: str) -> None:
-        """The picture and the animation of the first test sequence, in the run folder."""
+        """The picture of the first test sequence, in the run folder, and the animation if there is one model only."""
         from pykernels.models._forecast_picture import Shown, forecast_animation, forecast_picture
 
         inputs = training.model.options["inputs"]
@@ -291,9 +290,10 @@ class _Job(Job):
             true_flows=None if data.flow is None else data.flow[0],
             valid=valid,
         )
-        for name, draw in ((PICTURE, forecast_picture), (ANIMATION, forecast_animation)):
-            stem, _, suffix = name.partition(".")
-            self.picture(f"{stem}{end}.{suffix}", lambda draw=draw: draw(shown, title="First test sequence"))
+        title = "First test sequence"
+        self.picture(f"forecast{end}.png", lambda: forecast_picture(shown, title=title))
+        if not end:
+            self.picture("forecast.gif", lambda: forecast_animation(shown, title=title))
 
     def what(self, data: ForecastData) -> dict[str, Any]:
         """What was run, and where, for the result."""
@@ -335,9 +335,10 @@ def _train(args: argparse.Namespace) -> int:
 
     settings = job.settings
     data = job.data(settings.seed)
+    method = Method(f"{settings.warp} warp" if settings.warp != "direct" else "direct prediction", settings.warp, True)
+    job.training(method, data, settings.seed)  # what is wrong is said before anything is written
     job.begin(data.about)
     baselines = job.baselines(data, settings.seed)
-    method = Method(f"{settings.warp} warp" if settings.warp != "direct" else "direct prediction", settings.warp, True)
     (report,) = job.train_all([(settings.warp, method, settings.seed)], single=True)
     job.say(
         f"{report['steps']} steps of {1e3 * report['step_seconds']:.0f} ms; validation error "
@@ -359,12 +360,13 @@ def _reproduce(args: argparse.Namespace) -> int:
 
     settings = job.settings
     seeds = range(settings.seed, settings.seed + settings.seeds)
+    tasks = [(name, METHODS[name], seed) for seed in seeds for name in settings.methods]
     data = job.data(seeds[0])
+    job.training(tasks[0][1], data, seeds[0])  # what is wrong is said before anything is written
     job.begin(data.about)
     job.say(
         f"{len(data.train)} sequences to train on, {len(data.validation)} to validate with, {len(data.test)} to test on"
     )
-    tasks = [(name, METHODS[name], seed) for seed in seeds for name in settings.methods]
     reports = job.train_all(tasks)
     baselines = [job.baselines(job.data(seed), seed) for seed in seeds]
     result = {**job.what(data), "baselines": baselines, "runs": reports}
