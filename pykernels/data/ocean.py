@@ -27,7 +27,7 @@ from pykernels._errors import InputError
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
-# A current of one step moves this many pixels at most: a third of what Runge-Kutta's stability allows.
+# Pixels that the fastest current goes in a step: less than half of what the method's stability allows.
 LONGEST_STEP = 0.4
 SMALLEST_SIZE = 16
 
@@ -85,7 +85,7 @@ def simulate(
             which the drift is a third at most.
         vortices: in a square of ``size`` by ``size`` pixels. Their radii are between a twelfth and a sixth of ``size``.
         periodic: whether the tile is periodic. If not, it is cut out of a periodic square of about twice its area,
-            whose water flows in and out through the open borders.
+            and water flows in and out through the open borders.
         seed: of all that is random. A sequence depends on this and on its number only, but for the standardisation,
             which is over all of them.
         batch_size: how many are computed at once; it changes nothing but time, memory and rounding.
@@ -111,7 +111,7 @@ def simulate(
     margin = (domain - size) // 2
     tile = (..., slice(margin, margin + size), slice(margin, margin + size))
     steps = max(1, math.ceil(speed / LONGEST_STEP))
-    images = torch.empty(sequences, frames, size, size, dtype=torch.float64)
+    images = torch.empty(sequences, frames, size, size)
     flow = torch.empty(sequences, frames - 1, 2, size, size)
     for start in range(0, sequences, batch_size):
         numbers = range(start, min(start + batch_size, sequences))
@@ -122,10 +122,9 @@ def simulate(
             images[numbers.start : numbers.stop, t] = image[tile]
             if t > 0:
                 flow[numbers.start : numbers.stop, t - 1] = displacement[tile]
-    mean, deviation = images.mean().item(), images.std(correction=0).item()
-    return OceanSequences(
-        ((images - mean) / deviation).float(), flow, float(diffusivity), bool(periodic), mean, deviation
-    )
+    mean = images.mean(dtype=torch.float64).item()
+    deviation = images.sub_(mean).square().mean(dtype=torch.float64).sqrt().item()
+    return OceanSequences(images.div_(deviation), flow, float(diffusivity), bool(periodic), mean, deviation)
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,8 @@ def advect_diffuse(
         steps: of Runge and Kutta between two frames.
 
     Yields:
-        The state at times 0, 1, ... and the mean over the frame that ends there of the velocity, drift included, as
-        shapes (B, H, H) and (B, 2, H, H).
+        The state at times 0, 1, ..., shape (B, H, H), and the velocity, drift included, averaged over the interval that
+        ends there, shape (B, 2, H, H); at time 0 it is the velocity of that time.
     """
     size = first.shape[-1]
     wave_y = 2 * math.pi * torch.fft.fftfreq(size, dtype=torch.float64).unsqueeze(-1)

@@ -12,13 +12,9 @@ testing, four frames in and six to forecast. Their program normalises every imag
 
 from __future__ import annotations
 
-import calendar
 import itertools
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,7 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pykernels._errors import InputError, require
+from pykernels._errors import InputError
+from pykernels.data._netcdf import Grid, date, days_between, import_xarray, months_later, square, text
 
 Array: TypeAlias = npt.NDArray[Any]
 Years: TypeAlias = tuple[int, int]
@@ -37,36 +34,6 @@ LEVELS = ("region", "pixel")
 STANDARDISE = ("region", "image")
 # Slots of a year. Days are counted as if every month had 31, so that they are the same in all years and calendars.
 SLOTS = {"day": 12 * 31, "month": 12, "none": 1}
-BLOCK = 64  # frames that are read at once
-
-# What the axes and the variable are called, in lower case, where attributes do not say it.
-_STANDARD_NAMES = {
-    "time": {"time"},
-    "depth": {"depth", "height", "altitude", "model_level_number"},
-    "y": {"latitude", "grid_latitude", "projection_y_coordinate"},
-    "x": {"longitude", "grid_longitude", "projection_x_coordinate"},
-}
-_UNITS = {
-    "y": {"degrees_north", "degree_north", "degrees_n", "degree_n", "degreesn", "degreen"},
-    "x": {"degrees_east", "degree_east", "degrees_e", "degree_e", "degreese", "degreee"},
-}
-_NAMES = {
-    "time": {"time", "t", "time_counter", "date"},
-    "depth": {"depth", "deptht", "lev", "level", "z", "st_ocean", "zlev", "altitude"},
-    "y": {"lat", "latitude", "y", "yc", "j", "nj", "rlat", "nlat", "nav_lat"},
-    "x": {"lon", "longitude", "x", "xc", "i", "ni", "rlon", "nlon", "nav_lon"},
-}
-_CF_AXES = {"t": "time", "z": "depth", "y": "y", "x": "x"}
-_TEMPERATURES = {
-    "sea_surface_temperature",
-    "sea_surface_foundation_temperature",
-    "sea_surface_skin_temperature",
-    "sea_surface_subskin_temperature",
-    "sea_water_potential_temperature",
-    "sea_water_conservative_temperature",
-    "sea_water_temperature",
-}
-_TEMPERATURE_NAMES = {"sst", "tos", "thetao", "analysed_sst", "votemper", "temperature"}
 
 
 class Box(NamedTuple):
@@ -235,6 +202,8 @@ class SSTRegions:
     Attributes:
         scaling: boxes, land, climatology and deviations, a :class:`SSTScaling`.
         times: of all frames, shape (T,).
+        splits: first and last year by the name of the split.
+        inputs, horizon: as given.
         variable, units: of the temperature.
         coordinates: names and values of latitude and longitude (or of what the file has for them), each of a region by
             its number: ``coordinates["lat"][region]``.
@@ -274,15 +243,15 @@ class SSTRegions:
             raise InputError(f"max_land must be at least 0 and less than 1, got {max_land!r}")
         self.splits = _check_years({"train": train, "validation": validation, "test": test})
         self.inputs, self.horizon = inputs, horizon
-        with _Grid.open(source, variable, depth, missing_value) as grid:
+        with Grid.open(source, variable, depth, missing_value) as grid:
             self.variable, self.units, self._attributes = grid.variable, grid.units, grid.attributes
             self.times = grid.times
-            land = grid.missing_share() > 0.5
             if scaling is None:
+                land = grid.missing_share() > 0.5
                 chosen = _boxes(land, size, stride or size, boxes, max_land)
-                sea = np.stack([~land[_window(box, size)] for box in chosen])
+                sea = np.stack([~land[square(box, size)] for box in chosen])
             else:
-                size, chosen, sea = scaling.size, _inside(scaling.boxes, scaling.size, land.shape), scaling.sea
+                size, chosen, sea = scaling.size, _inside(scaling.boxes, scaling.size, grid.shape), scaling.sea
             self._degrees = grid.read(chosen, size)
             self.coordinates = {name: [c.of(box, size) for box in chosen] for name, c in grid.coordinates.items()}
             self._coordinates = grid.coordinates
@@ -290,10 +259,10 @@ class SSTRegions:
         self._complete = np.stack(
             [np.isfinite(d[:, s]).all(1) for d, s in zip(self._degrees, sea, strict=True)]
         )  # (R, T)
-        gaps = _days(self.times)
+        gaps = days_between(self.times)
         self._step = float(np.median(gaps)) if len(gaps) else 1.0
         self._breaks = gaps > 1.5 * self._step
-        self._years = np.asarray([_date(time)[0] for time in self.times])
+        self._years = np.asarray([date(time)[0] for time in self.times])
         if scaling is None:
             if climatology == "auto":
                 climatology = "day" if self._step <= 1.5 else "month"
@@ -358,7 +327,7 @@ class SSTRegions:
             years = "" if split == "all" else f" in the years {self.splits[split]}"
             raise InputError(
                 f"no {self.inputs + self.horizon} frames without a gap for {split}{years}; "
-                f"the file goes from {_text(self.times[0])} to {_text(self.times[-1])}"
+                f"the file goes from {text(self.times[0])} to {text(self.times[-1])}"
             )
         return self.gather(region, start)
 
@@ -382,10 +351,10 @@ class SSTRegions:
             raise InputError(f"last must be one of the {n_times} frames of the file, got {last}")
         start = last % n_times - self.inputs + 1
         if start < 0 or self._breaks[start : start + self.inputs - 1].any():
-            raise InputError(f"there are no {self.inputs} frames without a gap up to {_text(self.times[last])}")
+            raise InputError(f"there are no {self.inputs} frames without a gap up to {text(self.times[last])}")
         region = np.flatnonzero(self._complete[:, start : start + self.inputs].all(1))
         if len(region) == 0:
-            raise InputError(f"values of the sea are missing in every region up to {_text(self.times[last])}")
+            raise InputError(f"values of the sea are missing in every region up to {text(self.times[last])}")
         images, sea, known = self._frames(region, np.full_like(region, start), self.inputs)
         future = self._following(self.times[last])
         times = np.concatenate([known.times, np.broadcast_to(future, (len(region), self.horizon))], 1)
@@ -404,7 +373,7 @@ class SSTRegions:
             For one window a variable of (time, y, x), named as in the file; for several one of (window, step, y, x)
             with times and coordinates for each window.
         """
-        xarray = _xarray()
+        xarray = import_xarray()
         array = np.asarray(degrees, dtype=np.float32)
         expected = (*frames.slots.shape, self.scaling.size, self.scaling.size)
         if array.shape != expected:
@@ -433,8 +402,8 @@ class SSTRegions:
             "climatology": self.scaling.unit,
             "level": "pixel" if self.scaling.climatology.ndim == 4 else "region",
             "standardise": self.scaling.standardise,
-            "first": _text(self.times[0]),
-            "last": _text(self.times[-1]),
+            "first": text(self.times[0]),
+            "last": text(self.times[-1]),
             "frames": len(self.times),
             "years": dict(self.splits),
             "windows": {split: len(self.starts(split)[0]) for split, years in self.splits.items() if years},
@@ -450,10 +419,10 @@ class SSTRegions:
         """The times of the forecast that follows a frame."""
         steps = range(1, self.horizon + 1)
         if self._step < 27:  # days
-            one = np.median(np.diff(self.times))
-            return np.asarray([time + step * one for step in steps])
+            gaps = np.sort(np.diff(self.times))
+            return np.asarray([time + step * gaps[len(gaps) // 2] for step in steps])
         months = max(1, round(self._step / 30.4))
-        return np.asarray([_months_later(time, step * months) for step in steps])
+        return np.asarray([months_later(time, step * months) for step in steps])
 
     def _fit(
         self, size: int, boxes: tuple[Box, ...], sea: Array, unit: str, level: str, standardise: str
@@ -468,7 +437,7 @@ class SSTRegions:
             if not used.any():
                 raise InputError(
                     f"no frame of the training years {first} to {last} in a region; the file goes from "
-                    f"{_text(self.times[0])} to {_text(self.times[-1])}: choose others by train=(first, last)"
+                    f"{text(self.times[0])} to {text(self.times[-1])}: choose others by train=(first, last)"
                 )
             values = degrees[used][:, here].astype(np.float64)
             climatology = _climatology(values if level == "pixel" else values.mean(1, keepdims=True), slots[used], unit)
@@ -486,245 +455,6 @@ class SSTRegions:
         return SSTScaling(size, boxes, sea, unit, climatology, standardise, mean, deviation)
 
 
-class _Coordinate(NamedTuple):
-    """Latitude or longitude, on one axis or on both."""
-
-    dims: tuple[str, ...]
-    values: Array
-    attributes: dict[str, Any]
-    spatial: tuple[str, str]
-
-    def of(self, box: Box, size: int) -> Array:
-        corner = dict(zip(self.spatial, box, strict=True))
-        part: Array = self.values[tuple(slice(corner[dim], corner[dim] + size) for dim in self.dims)]
-        return part
-
-
-@dataclass
-class _Grid:
-    """The temperature in a file, read by blocks of frames."""
-
-    array: Any
-    dims: tuple[str, str, str]
-    times: Array
-    missing_value: float | None
-    close: Any
-
-    @classmethod
-    def open(cls, source: Any, variable: str | None, depth: int, missing_value: float | None) -> _Grid:
-        xarray = _xarray()
-        if isinstance(source, (str, os.PathLike)):
-            dataset, where = _open(xarray, Path(source)), str(source)
-            close = dataset.close
-        elif isinstance(source, (xarray.Dataset, xarray.DataArray)):
-            dataset = source if isinstance(source, xarray.Dataset) else source.to_dataset(name=source.name or "sst")
-            where, close = "the data set", lambda: None
-        else:
-            raise InputError(f"source must be a path or a Dataset or DataArray of xarray, got {type(source).__name__}")
-        try:
-            array, dims = _temperature(dataset, variable, depth, where)
-            times = _checked_times(array, dims[0], where)
-        except BaseException:
-            close()
-            raise
-        return cls(array, dims, times, missing_value, close)
-
-    def __enter__(self) -> _Grid:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def variable(self) -> str:
-        return str(self.array.name)
-
-    @property
-    def units(self) -> str:
-        return str(self.array.attrs.get("units", ""))
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """What still holds for other values of the same kind."""
-        keep = ("units", "standard_name", "long_name")
-        return {key: self.array.attrs[key] for key in keep if key in self.array.attrs}
-
-    @property
-    def coordinates(self) -> dict[str, _Coordinate]:
-        found = {}
-        for name, values in self.array.coords.items():
-            if values.ndim and set(values.dims) <= set(self.dims[1:]):
-                found[str(name)] = _Coordinate(values.dims, values.values, dict(values.attrs), self.dims[1:])
-        return found
-
-    def missing_share(self) -> Array:
-        """How often each pixel is missing, shape (rows, columns)."""
-        total: Any = 0
-        for _, block in self._blocks():
-            total = total + (~np.isfinite(block)).sum(0)
-        share: Array = total / len(self.times)
-        return share
-
-    def read(self, boxes: Sequence[Box], size: int) -> Array:
-        """Regions, shape (R, T, size, size), float32."""
-        out = np.empty((len(boxes), len(self.times), size, size), dtype=np.float32)
-        for start, block in self._blocks():
-            for region, box in zip(out, boxes, strict=True):
-                region[start : start + len(block)] = block[:, *_window(box, size)]
-        return out
-
-    def _blocks(self) -> Any:
-        """Blocks of frames and the number of their first, (frames, rows, columns), float32."""
-        time = self.dims[0]
-        for start in range(0, len(self.times), BLOCK):
-            block = self.array.isel({time: slice(start, start + BLOCK)}).load().transpose(*self.dims)
-            values = np.array(block.values, dtype=np.float32)
-            if self.missing_value is not None:
-                values[values == np.float32(self.missing_value)] = np.nan
-            yield start, values
-
-
-def _xarray() -> Any:
-    return require("xarray", "xarray", "netcdf", "pykernels.data.sst")
-
-
-def _open(xarray: Any, path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
-    with path.open("rb") as file:
-        classic = file.read(3) == b"CDF"
-    engine = "scipy" if classic else "h5netcdf"
-    require(engine, engine, "netcdf", "pykernels.data.sst")
-    with warnings.catch_warnings():
-        # One of several values that mean missing: all are read as NaN, which is what is wanted.
-        warnings.filterwarnings("ignore", "variable .* has multiple fill values", xarray.SerializationWarning)
-        try:
-            return xarray.open_dataset(path, engine=engine, cache=False, decode_timedelta=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as NetCDF: {error}") from error
-
-
-def _role(array: Any, dim: str) -> str | None:
-    """Whether a dimension is the time, the depth, y or x; None if it does not say."""
-    attributes: dict[str, Any] = {}
-    if dim in array.coords:
-        coordinate = array.coords[dim]
-        attributes = coordinate.attrs
-        first = coordinate.values.reshape(-1)[:1]
-        if coordinate.dtype.kind == "M" or (len(first) and hasattr(first[0], "calendar")):
-            return "time"
-    said = str(attributes.get("standard_name", "")).lower()
-    units = str(attributes.get("units", "")).lower()
-    axis = str(attributes.get("axis", "")).lower()
-    for role, names in _STANDARD_NAMES.items():
-        if said in names or units in _UNITS.get(role, ()) or _CF_AXES.get(axis) == role:
-            return role
-    if "positive" in attributes:
-        return "depth"
-    return next((role for role, names in _NAMES.items() if dim.lower() in names), None)
-
-
-def _axes(array: Any) -> dict[str, str] | None:
-    """The dimensions that are the time, the depth, y and x, or None if time, y and x are not all there."""
-    roles: dict[str, str] = {}
-    unknown = []
-    for dim in map(str, array.dims):
-        role = _role(array, dim)
-        if role is None:
-            unknown.append(dim)
-        elif role in roles:
-            return None
-        else:
-            roles[role] = dim
-    if "y" not in roles and "x" not in roles and len(unknown) >= 2:
-        roles["y"], roles["x"] = unknown[-2:]
-        unknown = unknown[:-2]
-    if not {"time", "y", "x"} <= roles.keys() or any(array.sizes[dim] != 1 for dim in unknown):
-        return None
-    return roles
-
-
-def _temperature(dataset: Any, variable: str | None, depth: int, where: str) -> tuple[Any, tuple[str, str, str]]:
-    """The variable without its depth, and its dimensions of time, y and x."""
-    found = {str(name): _axes(array) for name, array in dataset.data_vars.items()}
-    usable = {name: axes for name, axes in found.items() if axes}
-    if variable is None:
-        named = [
-            name
-            for name in usable
-            if str(dataset[name].attrs.get("standard_name", "")).lower() in _TEMPERATURES
-            or name.lower() in _TEMPERATURE_NAMES
-        ]
-        choice = named if len(named) == 1 else list(usable)
-        if len(choice) != 1:
-            several = f"several: {', '.join(map(repr, usable))}" if usable else f"none among {_shapes(dataset)}"
-            raise InputError(f"variable must name one with time, latitude and longitude; {where} has {several}")
-        variable = choice[0]
-    elif variable not in found:
-        raise InputError(f"variable must be one of {', '.join(map(repr, found))}, got {variable!r}")
-    axes = found[variable]
-    if axes is None:
-        raise InputError(
-            f"variable {variable!r} must have a time, a latitude and a longitude and perhaps a depth, "
-            f"got {_shapes(dataset[[variable]])}"
-        )
-    array = dataset[variable]
-    if "depth" in axes:
-        levels = array.sizes[axes["depth"]]
-        if not -levels <= depth < levels:
-            raise InputError(f"depth must be one of the {levels} levels of {axes['depth']!r}, got {depth}")
-        array = array.isel({axes["depth"]: depth}, drop=True)
-    dims = (axes["time"], axes["y"], axes["x"])
-    # What is left beside these has one element.
-    return array.isel({dim: 0 for dim in array.dims if dim not in dims}, drop=True), dims
-
-
-def _shapes(dataset: Any) -> str:
-    return "; ".join(f"{name} ({', '.join(map(str, a.dims))})" for name, a in dataset.data_vars.items()) or "nothing"
-
-
-def _checked_times(array: Any, dim: str, where: str) -> Array:
-    times: Array = np.asarray(array.coords[dim].values) if dim in array.coords else np.empty(0)
-    if len(times) == 0 or not (times.dtype.kind == "M" or hasattr(times[0], "calendar")):
-        raise InputError(f"the time axis {dim!r} of {where} must have dates: units such as 'days since 2006-01-01'")
-    if len(times) > 1 and not (_days(times) > 0).all():
-        raise InputError(f"the times of {where} must increase")
-    return times
-
-
-def _days(times: Array) -> Array:
-    """The time between frames in days."""
-    gaps = np.diff(times)
-    if times.dtype.kind == "M":
-        days: Array = gaps / np.timedelta64(1, "D")
-        return days
-    return np.asarray([gap.total_seconds() / 86400 for gap in gaps])
-
-
-def _date(time: Any) -> tuple[int, int, int]:
-    """Year, month and day."""
-    if isinstance(time, np.datetime64):
-        year, month, day = str(time.astype("datetime64[D]")).split("-")
-        return int(year), int(month), int(day)
-    return time.year, time.month, time.day
-
-
-def _text(time: Any) -> str:
-    return "{:04d}-{:02d}-{:02d}".format(*_date(time))
-
-
-def _months_later(time: Any, months: int) -> Any:
-    """The same day of a later month, or the last one of a month that has no such day."""
-    year, month, day = _date(time)
-    year, month = year + (month - 1 + months) // 12, (month - 1 + months) % 12 + 1
-    if isinstance(time, np.datetime64):
-        day = min(day, calendar.monthrange(year, month)[1])
-        moment = time - time.astype("datetime64[D]")  # of the day
-        return np.datetime64(f"{year:04d}-{month:02d}-{day:02d}") + moment
-    first = time.replace(year=year, month=month, day=1)
-    return first.replace(day=min(day, first.daysinmonth))
-
-
 def _slots(times: Array, unit: str) -> Array:
     """The calendar day, month or nothing of each time."""
     if unit == "none":
@@ -733,7 +463,7 @@ def _slots(times: Array, unit: str) -> Array:
         months, days = times.astype("datetime64[M]"), times.astype("datetime64[D]")
         month, day = months.astype(np.int64) % 12, (days - months).astype(np.int64)
     else:
-        dates = np.asarray([_date(time) for time in times.ravel()], dtype=np.int64).reshape(*times.shape, 3)
+        dates = np.asarray([date(time) for time in times.ravel()], dtype=np.int64).reshape(*times.shape, 3)
         month, day = dates[..., 1] - 1, dates[..., 2] - 1
     slots: Array = month if unit == "month" else 31 * month + day
     return slots
@@ -750,10 +480,6 @@ def _climatology(values: Array, slots: Array, unit: str) -> Array:
     return climatology
 
 
-def _window(box: Box, size: int) -> tuple[slice, slice]:
-    return slice(box.row, box.row + size), slice(box.column, box.column + size)
-
-
 def _boxes(
     land: Array, size: int, stride: int, boxes: Sequence[tuple[int, int]] | None, max_land: float
 ) -> tuple[Box, ...]:
@@ -762,13 +488,13 @@ def _boxes(
     if boxes is not None:
         asked = _inside([Box(*map(int, box)) for box in boxes], size, land.shape)
         for box in asked:
-            if land[_window(box, size)].all():
+            if land[square(box, size)].all():
                 raise InputError(f"boxes: there is no sea in the region at {tuple(box)}")
         return asked
     if size > min(rows, columns):
         raise InputError(f"size must be at most {min(rows, columns)} for a grid of {rows} by {columns}, got {size}")
     grid = [Box(r, c) for r in range(0, rows - size + 1, stride) for c in range(0, columns - size + 1, stride)]
-    shares = [land[_window(box, size)].mean() for box in grid]
+    shares = [land[square(box, size)].mean() for box in grid]
     chosen = tuple(box for box, share in zip(grid, shares, strict=True) if share <= max_land)
     if not chosen:
         raise InputError(
@@ -780,7 +506,7 @@ def _boxes(
 
 def _inside(boxes: Sequence[Box], size: int, shape: tuple[int, ...]) -> tuple[Box, ...]:
     if not boxes:
-        raise InputError("boxes must name a region at least")
+        raise InputError("boxes must name at least one region")
     for row, column in boxes:
         if not (0 <= row <= shape[0] - size and 0 <= column <= shape[1] - size):
             raise InputError(
