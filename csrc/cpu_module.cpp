@@ -20,6 +20,7 @@
 #include "combine.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
+#include "flow_penalties.hpp"
 #include "gaussian_warp.hpp"
 #include "latent_ode.hpp"
 
@@ -439,6 +440,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.def("weight_norm_forward", &weight_norm_forward);
     m.def("weight_norm_backward", &weight_norm_backward);
     bind_combine(m);
+    bind_flow_penalties(m);
     bind_gaussian_warp(m);
     bind_latent_ode(m);
 }

@@ -104,6 +104,31 @@ def ode_combine(
 def ode_combine_backward(
     is_double: bool, n: int, grad: int, coefficients: list[float], grad_k: list[int], threads: int, /
 ) -> None: ...
+def flow_penalties_float(
+    batch: int,
+    sizes: _Shape,
+    flow: int,
+    xy: bool,
+    coefficients: tuple[float, float, float],
+    values: int,
+    threads: int,
+    /,
+) -> None: ...
+def flow_penalties_backward_float(
+    batch: int,
+    sizes: _Shape,
+    flow: int,
+    xy: bool,
+    coefficients: tuple[float, float, float],
+    grads: int,
+    grad_flow: int,
+    threads: int,
+    /,
+) -> None: ...
+
+flow_penalties_double = flow_penalties_float
+flow_penalties_backward_double = flow_penalties_backward_float
+
 def gaussian_warp_forward_float(
     sizes: list[int],
     strides: list[int],

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pykernels.backends import YES, Check, Implementation, Operator, register, select
+from pykernels import _native, _triton
+from pykernels.backends import YES, Answer, Check, Implementation, Operator, register, select
 from pykernels.ops._check import compare
 from pykernels.ops.gaussian_warp import penalties_op
 from pykernels.ops.gaussian_warp import penalties_reference as reference
@@ -75,12 +76,13 @@ def flow_penalties(
             "flow must have shape (B, R, *S), a displacement in each of its R = 1, 2 or 3 spatial axes of at least one "
             f"pixel, got {tuple(flow.shape)}"
         )
-    coefficients = {"divergence": divergence, "magnitude": magnitude, "smoothness": smoothness}
+    coefficients: dict[str, object] = {"divergence": divergence, "magnitude": magnitude, "smoothness": smoothness}
     for name, coefficient in coefficients.items():
+        if isinstance(coefficient, Tensor):
+            raise TypeError(f"{name} must be a number, got a tensor; multiply the penalty of {name}=1.0 by it")
         if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
-            hint = "; multiply penalties of coefficient 1 by it" if isinstance(coefficient, Tensor) else ""
-            raise TypeError(f"{name} must be a number, got {type(coefficient).__name__}{hint}")
-        if not math.isfinite(coefficient):
+            raise TypeError(f"{name} must be a number, got {type(coefficient).__name__}")
+        if not -math.inf < coefficient < math.inf:
             raise ValueError(f"{name} must be finite, got {coefficient}")
     for name, value, known in (("reduction", reduction, _REDUCTIONS), ("indexing", indexing, _INDEXING)):
         if value not in known:
@@ -90,6 +92,26 @@ def flow_penalties(
     flow = flow if flow.dtype == dtype else flow.to(dtype)
     penalties: Tensor = select(_OPERATOR, backend, flow, options).run(flow, options)
     return penalties if reduction == "none" else penalties.mean()
+
+
+def _run_cpu(flow: Tensor, options: Options) -> Tensor:
+    return penalties_op.run(flow, options, "cpu")
+
+
+def _run_triton(flow: Tensor, options: Options) -> Tensor:
+    return penalties_op.run(flow, options, "triton")
+
+
+def _cpu_can_run(flow: Tensor, options: Options) -> Answer:
+    if _native.cpu_error is not None:
+        return Answer(False, _native.cpu_error)
+    if flow.device.type != "cpu":
+        return Answer(False, f"the flow is on {flow.device}, not on the CPU")
+    return YES
+
+
+def _triton_can_run(flow: Tensor, options: Options) -> Answer:
+    return _triton.can_run(flow)
 
 
 def _check(backend: str) -> Check:
@@ -104,7 +126,11 @@ def _check(backend: str) -> Check:
 _OPERATOR = register(
     Operator(
         name="flow_penalties",
-        implementations={"reference": Implementation(reference.penalties, lambda *args: YES, lambda: YES)},
+        implementations={
+            "cpu": Implementation(_run_cpu, _cpu_can_run, _native.available),
+            "triton": Implementation(_run_triton, _triton_can_run, _triton.available),
+            "reference": Implementation(reference.penalties, lambda *args: YES, lambda: YES),
+        },
         check=_check,
         cost=penalties_op.cost,
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pykernels.backends import Cost
-from pykernels.ops._autograd import apply, differentiable_gradients, recording, transforming
+from pykernels.ops._autograd import apply, recording, transforming
 from pykernels.ops._memory import size
 from pykernels.ops._op import implement, library, unobserved
 from pykernels.ops.gaussian_warp import penalties_reference as reference
@@ -69,8 +69,13 @@ def _forward(flow: Tensor, options: Options, backend: str) -> Tensor:
 
 
 def _gradient(grads: Tensor, flow: Tensor, options: Options, backend: str) -> Tensor:
+    """With derivatives."""
     gradient: Tensor
-    if unobserved(grads, flow):
+    if transforming(grads, flow) or any(map(torch._C._functorch.is_legacy_batchedtensor, (grads, flow))):
+        gradient = reference.gradient(grads, flow, options)
+    elif recording(grads, flow):
+        gradient = apply(FlowPenaltiesGradient, grads, flow, *options, backend)
+    elif unobserved(grads, flow):
         gradient = kernels(backend).backward(grads, flow, options)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -109,15 +114,7 @@ class EagerFlowPenalties(torch.autograd.Function):
     def backward(ctx: Any, grads: Tensor) -> Any:
         (flow,), rest = ctx.saved_tensors, ctx.rest
         options, backend = Options(*rest[:-1]), rest[-1]
-        if transforming(grads, flow) or torch._C._functorch.is_legacy_batchedtensor(grads):
-            (gradient,) = differentiable_gradients(
-                lambda flow: reference.penalties(flow, options), grads, [flow], [True]
-            )
-        elif recording(grads, flow):
-            gradient = apply(FlowPenaltiesGradient, grads, flow, *rest)
-        else:
-            gradient = _gradient(grads, flow, options, backend)
-        return gradient, *((None,) * len(rest))
+        return _gradient(grads, flow, options, backend), *((None,) * len(rest))
 
 
 class FlowPenaltiesGradient(torch.autograd.Function):
@@ -132,23 +129,13 @@ class FlowPenaltiesGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> Any:
         (grads, flow), rest = ctx.saved_tensors, ctx.rest
-
-        def applied(grads: Tensor, flow: Tensor) -> Tensor:
-            if transforming(direction) or torch._C._functorch.is_legacy_batchedtensor(direction):
-                options = Options(*rest[:-1])
-                (gradient,) = differentiable_gradients(
-                    lambda flow: reference.penalties(flow, options), grads, [flow], [True]
-                )
-                assert gradient is not None
-                return gradient
-            gradient = apply(FlowPenaltiesGradient, grads, flow, *rest)
-            return gradient
-
+        options, backend = Options(*rest[:-1]), rest[-1]
         of_grads = of_flow = None
         if ctx.needs_input_grad[0]:
-            of_grads = (direction * applied(torch.ones_like(grads), flow)).flatten(1).sum(1)
+            gradient = _gradient(torch.ones_like(grads), flow, options, backend)
+            of_grads = (direction * gradient).sum(tuple(range(1, flow.dim())))
         if ctx.needs_input_grad[1]:
-            of_flow = applied(grads, direction)
+            of_flow = _gradient(grads, direction, options, backend)
         return of_grads, of_flow, *((None,) * len(rest))
 
 

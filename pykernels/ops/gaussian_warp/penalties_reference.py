@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,18 +20,36 @@ class Options(NamedTuple):
 
 def penalties(flow: Tensor, options: Options) -> Tensor:
     """Of each sample, (B,), for a flow (B, R, *S). Differentiable any number of times."""
-    axes = range(flow.dim() - 2)
-    total = flow.flatten(1)[:, :0].sum(1)  # what is left where all coefficients are zero
+    total = flow[..., :0].sum(tuple(range(1, flow.dim())))  # what is left where all coefficients are zero
     if options.divergence:
-        channels = [len(axes) - 1 - axis if options.xy else axis for axis in axes]
-        components = [difference(flow[:, channel], 1 + axis) for axis, channel in zip(axes, channels, strict=True)]
-        total = total + options.divergence * _mean(sum(components[1:], components[0]).square().unsqueeze(1))
+        total = total + options.divergence * _mean(_divergence(flow, options).square().unsqueeze(1))
     if options.magnitude:
         total = total + options.magnitude * _mean(flow.square())
     if options.smoothness:
-        for axis in axes:
-            total = total + options.smoothness * _mean(difference(flow, 2 + axis).square())
+        for dim in range(2, flow.dim()):
+            total = total + options.smoothness * _mean(difference(flow, dim).square())
     return total
+
+
+def gradient(grads: Tensor, flow: Tensor, options: Options) -> Tensor:
+    """That of the penalties times ``grads`` (B,): linear in both."""
+    total = options.magnitude * flow if options.magnitude else torch.zeros_like(flow)
+    if options.smoothness:
+        for dim in range(2, flow.dim()):
+            total = total + options.smoothness * transposed(difference(flow, dim), dim)
+    if options.divergence:
+        divergence = _divergence(flow, options)
+        dims = range(2, flow.dim())
+        terms = [transposed(divergence, dim - 1) for dim in (reversed(dims) if options.xy else dims)]
+        total = total + options.divergence * torch.stack(terms, 1)
+    return total * (2 / math.prod(flow.shape[2:]) * grads).reshape(-1, *(1 for _ in flow.shape[1:]))
+
+
+def _divergence(flow: Tensor, options: Options) -> Tensor:
+    """(B, *S)."""
+    ranks = flow.dim() - 2
+    terms = [difference(flow[:, c], ranks - c if options.xy else 1 + c) for c in range(ranks)]
+    return sum(terms[1:], terms[0])
 
 
 def difference(field: Tensor, dim: int) -> Tensor:
@@ -42,6 +61,17 @@ def difference(field: Tensor, dim: int) -> Tensor:
     return torch.cat([steps, steps.narrow(dim, size - 2, 1)], dim)
 
 
+def transposed(field: Tensor, dim: int) -> Tensor:
+    """The transpose of :func:`difference`."""
+    size = field.shape[dim]
+    if size == 1:
+        return torch.zeros_like(field)
+    end = field.narrow(dim, size - 2, 1) + field.narrow(dim, size - 1, 1)
+    steps = torch.cat([field.narrow(dim, 0, size - 2), end], dim)
+    none = torch.zeros_like(end)
+    return torch.cat([none, steps], dim) - torch.cat([steps, none], dim)
+
+
 def _mean(squares: Tensor) -> Tensor:
     """Over the pixels, and the sum over the components."""
-    return squares.flatten(2).mean(2).sum(1)
+    return squares.mean(tuple(range(2, squares.dim()))).sum(1)
