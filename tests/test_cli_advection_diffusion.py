@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ pytest.importorskip("tqdm")
 import pykernels
 from pykernels.backends import Answer
 from pykernels.cli import main
+from pykernels.models import _forecast_picture
 from pykernels.models.advection_diffusion import (
     AdvectionDiffusionForecaster,
     AdvectionDiffusionTraining,
@@ -153,11 +155,20 @@ def test_an_animation_shows_every_frame(tmp_path):
         assert animation.n_frames == 10
 
 
+@contextmanager
+def blank_pictures():
+    """They take more time than the trainings here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_forecast_picture, "forecast_picture", lambda shown, title: b"")
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run of two methods and two seeds that was not interrupted."""
     path = tmp_path_factory.mktemp("whole") / "run"
-    assert main(several(path)) == 0
+    with blank_pictures():
+        assert main(several(path)) == 0
     return path
 
 
@@ -219,12 +230,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(steps, whole, tmp_path, monkeypa
     monkeypatch.setattr(AdvectionDiffusionTraining, "step", stepping)
     command = several(out)
     for done in steps:
-        assert main(command) == 130
+        with blank_pictures():
+            assert main(command) == 130
         error = capsys.readouterr().err
         assert error.endswith(f"to go on: pykernels reproduce advection-diffusion --resume '{out}'\n")
         assert len(rows(out)) == 1 + done
         command = ["reproduce", "advection-diffusion", "--resume", str(out), "--quiet"]
-    assert main(command) == 0
+    with blank_pictures():
+        assert main(command) == 0
     assert names(out) == names(whole)
     assert rows(out) == rows(whole)
     for file in whole.glob("model*.safetensors"):
@@ -369,8 +382,6 @@ def test_forecast_without_pictures(trained, ocean, tmp_path):
 
 def test_pictures_of_a_forecast_show_the_truth_if_there_is_one(trained, ocean, tmp_path, monkeypatch):
     """Rows from north to south, in degrees."""
-    from pykernels.models import _forecast_picture
-
     shown = []
     monkeypatch.setattr(_forecast_picture, "forecast_picture", lambda part, title: shown.append(part) or b"")
     monkeypatch.setattr(_forecast_picture, "forecast_animation", lambda part, title: b"")
