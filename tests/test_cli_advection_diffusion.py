@@ -141,7 +141,7 @@ def test_train_fills_a_run_folder(tmp_path, capsys):
     assert run["mse"] == scores["mse"]
     assert run["flow"] == scores["flow"]
     assert result["system"] == data.about
-    assert result["baselines"][0]["scores"].keys() == {"persistence", "true motion"}
+    assert result["baselines"][0]["scores"].keys() == {"persistence", "diffusion alone", "true motion"}
     assert (out / "forecast.png").read_bytes().startswith(b"\x89PNG")
     gif = (out / "forecast.gif").read_bytes()
     assert gif.startswith(b"GIF8")
@@ -206,6 +206,7 @@ def test_table(whole, capsys, tmp_path):
         [" Gaussian warp, regularised ", " 4 "],
         [" direct prediction ", " 4 "],
         [" persistence ", " 4 "],
+        [" diffusion alone ", " 4 "],
         [" true motion ", " 4 "],
     ]
     other = tmp_path / "other.json"

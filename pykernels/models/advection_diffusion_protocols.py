@@ -5,8 +5,8 @@ standard deviation. Where the data are simulated, the motion that the model infe
 with the true ones. Where the temperature is even, motion changes nothing and no model can see it: its error is also
 given where the temperature changes most, at the half of all pixels with the larger gradients.
 
-Beside the models: persistence, which says that nothing changes, and for simulated data the warp by the true motion and
-diffusivity, which is as good as a warp from frame to frame can be.
+Beside the models: persistence, which says that nothing changes, and for simulated data the warp by the true diffusivity
+without motion, and with the true motion, which is as good as a warp from frame to frame can be.
 """
 
 from __future__ import annotations
@@ -241,19 +241,23 @@ def forecast_scores(model: AdvectionDiffusionForecaster, data: ForecastData, *, 
 
 
 def baseline_scores(data: ForecastData, *, border: int = 0) -> dict[str, dict[str, Any]]:
-    """``mse`` and ``mean_mse`` of ``persistence``, and of ``true motion`` where it is known."""
+    """``mse`` and ``mean_mse`` of ``persistence``, and where they are known of the true diffusivity and motion.
+
+    ``diffusion alone`` is the warp by no motion, ``true motion`` by the true one.
+    """
     counted = _counted(data, border)
     last, truth = data.test[:, INPUTS - 1 : INPUTS], data.test[:, INPUTS:]
     scores = {"persistence": _errors(np.broadcast_to(last, truth.shape), truth, counted)}
     if data.flow is not None and data.diffusivity is not None:
-        images = gaussian_warp_rollout(
-            torch.as_tensor(last),
-            torch.as_tensor(data.flow),
-            diffusion_variance(data.diffusivity, 1),
-            form="density",
-            padding_mode=data.padding_mode,
-        )
-        scores["true motion"] = _errors(images[:, :, 0].numpy(), truth, counted)
+        for name, flow in (("diffusion alone", np.zeros_like(data.flow)), ("true motion", data.flow)):
+            images = gaussian_warp_rollout(
+                torch.as_tensor(last),
+                torch.as_tensor(flow),
+                diffusion_variance(data.diffusivity, 1),
+                form="density",
+                padding_mode=data.padding_mode,
+            )
+            scores[name] = _errors(images[:, :, 0].numpy(), truth, counted)
     return scores
 
 

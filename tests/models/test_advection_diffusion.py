@@ -520,7 +520,9 @@ def test_simulated_ocean(data):
 
 def test_the_true_motion_beats_persistence(data):
     scores = baseline_scores(data)
-    assert scores["true motion"]["mean_mse"] < 0.05 * scores["persistence"]["mean_mse"]
+    errors = [scores[name]["mean_mse"] for name in ("true motion", "diffusion alone", "persistence")]
+    assert errors[0] < 0.05 * errors[1]
+    assert errors[1] < errors[2]
     expected = np.square(data.test[:, 3:4] - data.test[:, 4:]).mean((0, 2, 3))
     np.testing.assert_allclose(scores["persistence"]["mse"], expected, rtol=1e-6)
     assert scores["persistence"]["mean_mse"] == pytest.approx(expected.mean())
