@@ -76,13 +76,15 @@ class MotionEstimator(nn.Module):
 
     The encoder's convolutions have stride 2, and from the third on each is followed by one of stride 1. The decoder
     doubles the size bilinearly and convolves. All kernels are 3x3 and all activations ReLU, but for the last
-    convolution, which has none and sees the input too. Beyond the border they see zeros.
+    convolution, which has none and sees the input too.
 
     Args:
         in_channels: images that it looks at.
         out_channels: 2 for a motion field.
-        size: ``"published"``, five halvings, up to 1024 channels, 23 million parameters, with batch normalisation; or
+        size: ``"published"``, five halvings, up to 1024 channels, 22 million parameters, with batch normalisation; or
             ``"small"``, three halvings, up to 64 channels, 90 thousand parameters, without.
+        periodic: whether the other side of the image is beyond its border, rather than zeros as published. Then H and W
+            must be multiples of 8, or of 32 for the published network.
 
     Shape:
         input (B, in_channels, H, W), output (B, out_channels, H, W).
@@ -91,8 +93,12 @@ class MotionEstimator(nn.Module):
         InputError: naming the argument that cannot be used.
     """
 
-    def __init__(self, in_channels: int = INPUTS, out_channels: int = 2, size: str = "small") -> None:
+    def __init__(
+        self, in_channels: int = INPUTS, out_channels: int = 2, size: str = "small", *, periodic: bool = False
+    ) -> None:
         super().__init__()
+        self.periodic = periodic
+        convolution = _PeriodicConv2d if periodic else nn.Conv2d
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -100,7 +106,7 @@ class MotionEstimator(nn.Module):
         encoder, decoder, published = SIZES[size]
 
         def block(channels: int, width: int, *, stride: int = 1, normalised: bool = published) -> nn.Sequential:
-            conv = nn.Conv2d(channels, width, 3, stride, 1, bias=not published)
+            conv = convolution(channels, width, 3, stride, 1, bias=not published)
             return nn.Sequential(conv, *[nn.BatchNorm2d(width)] * normalised, nn.ReLU())
 
         self.encoder = nn.ModuleList()
@@ -113,7 +119,7 @@ class MotionEstimator(nn.Module):
         beside = (0, *encoder[-2::-1])  # channels that join before each up-sampling
         for (channels, width), skip in zip(pairwise((encoder[-1], *decoder)), beside, strict=True):
             self.decoder.append(block(channels + skip, width, normalised=False))
-        self.last = nn.Conv2d(decoder[-1] + in_channels, out_channels, 3, 1, 1, bias=False)
+        self.last = convolution(decoder[-1] + in_channels, out_channels, 3, 1, 1, bias=False)
         self._first_weights(published)
 
     def _first_weights(self, published: bool) -> None:
@@ -130,6 +136,11 @@ class MotionEstimator(nn.Module):
             nn.init.normal_(self.last.weight, std=1e-3)
 
     def forward(self, frames: Tensor) -> Tensor:
+        multiple = 2 ** len(self.encoder)
+        if self.periodic and any(size % multiple for size in frames.shape[2:]):
+            raise InputError(
+                f"the sizes of a periodic image must be multiples of {multiple}, got {tuple(frames.shape[2:])}"
+            )
         # Pixel by pixel: convolutions and up-samplings of few channels take half the time so.
         levels = [frames.contiguous(memory_format=torch.channels_last)]
         for level in self.encoder:
@@ -137,10 +148,28 @@ class MotionEstimator(nn.Module):
         x = levels.pop()
         for block in self.decoder:
             beside = levels.pop()
-            x = block(F.interpolate(x, size=beside.shape[2:], mode="bilinear", align_corners=False))
-            x = torch.cat([beside, x], 1)
+            x = torch.cat([beside, block(self._doubled(x, beside))], 1)
         flow: Tensor = self.last(x)
         return flow.contiguous()
+
+    def _doubled(self, x: Tensor, like: Tensor) -> Tensor:
+        """Up-sampled to the size of another."""
+        if self.periodic:
+            return F.interpolate(_wrapped(x), scale_factor=2, mode="bilinear")[..., 2:-2, 2:-2]
+        return F.interpolate(x, size=like.shape[2:], mode="bilinear")
+
+
+class _PeriodicConv2d(nn.Conv2d):
+    """With the other side of the image in the place of zeros. PyTorch's own circular padding takes twice as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(_wrapped(x), self.weight, self.bias, self.stride)
+
+
+def _wrapped(x: Tensor) -> Tensor:
+    """An image (B, C, H, W) with one more row and column on each side, from the other one."""
+    x = torch.cat([x[..., -1:, :], x, x[..., :1, :]], -2)
+    return torch.cat([x[..., -1:], x, x[..., :1]], -1)
 
 
 class Forecast(NamedTuple):
@@ -163,7 +192,8 @@ class AdvectionDiffusionForecaster(nn.Module):
         diffusivity: D in pixels squared per frame; where it is learned, to begin with.
         learn_diffusivity: whether it is a parameter (``softplus`` of one, so that it stays positive).
         form, normalize: of :func:`pykernels.gaussian_warp`. The normalised density does not blur beyond its variance.
-        padding_mode: beyond the border, for the warp; the convolutions see zeros there.
+        padding_mode: beyond the border, for the warp. The convolutions see zeros there, or with ``"periodic"`` the
+            other side.
         inputs: images seen.
         dtype: ``"float32"`` or ``"float64"``.
         device: of the parameters. The first weights do not depend on it.
@@ -216,7 +246,9 @@ class AdvectionDiffusionForecaster(nn.Module):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
-            self.estimator = MotionEstimator(inputs, 1 if warp == "direct" else 2, size)
+            self.estimator = MotionEstimator(
+                inputs, 1 if warp == "direct" else 2, size, periodic=padding_mode == "periodic"
+            )
         if warp == "gaussian" and learn_diffusivity:
             self.raw_diffusivity = nn.Parameter(torch.tensor(diffusivity + math.log(-math.expm1(-diffusivity))))
         self.to(device, DTYPES[dtype])

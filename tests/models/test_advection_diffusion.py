@@ -102,6 +102,26 @@ def test_the_small_network():
         assert 0 < motion.abs().max() < 0.1
 
 
+@pytest.mark.parametrize("size", ["tiny", "tiny published"])
+def test_a_periodic_image_has_no_border(size):
+    """What is moved by as much as the coarsest pixels measure gives what is moved."""
+    torch.manual_seed(0)
+    network = MotionEstimator(size=size, periodic=True).double()
+    seen = frames(2, 24).double()
+    moved = network(seen.roll((8, 16), (2, 3)))
+    assert moved.std() > 0
+    torch.testing.assert_close(moved, network(seen).roll((8, 16), (2, 3)), rtol=1e-6, atol=0)
+    plain = MotionEstimator(size=size).double()
+    plain.load_state_dict(network.state_dict())  # the same but near the border
+    seen = frames(1, 128).double()
+    inside = (..., slice(56, 72), slice(56, 72))
+    ours, theirs = (n.eval()(seen) for n in (network, plain))
+    torch.testing.assert_close(ours[inside], theirs[inside], rtol=1e-9, atol=0)
+    assert not torch.allclose(ours, theirs, rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"periodic image must be multiples of 8, got \(24, 20\)"):
+        network(torch.zeros(1, 4, 24, 20, dtype=torch.float64))
+
+
 def test_seeds_of_the_first_weights():
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
