@@ -195,6 +195,48 @@ PK_INLINE Vec<float> greatest(Vec<float> a, Vec<float> b) { return a.v = _mm256_
 PK_INLINE Vec<double> greatest(Vec<double> a, Vec<double> b) { return a.v = _mm256_max_pd(a.v, b.v), a; }
 #endif
 
+// The largest integer that is at most x, for |x| <= 2^30; and such integers as 32-bit ones.
+#if defined(PK_PLAIN) || PK_VECTOR_BYTES == 16
+template <class T>
+PK_INLINE Vec<T> floor(Vec<T> x) {
+    for (int i = 0; i < Vec<T>::lanes; ++i) {
+        const T whole = static_cast<T>(static_cast<std::int32_t>(x.v[i]));
+        x.v[i] = whole > x.v[i] ? whole - T(1) : whole;
+    }
+    return x;
+}
+template <class T>
+PK_INLINE void store_integers(std::int32_t* p, Vec<T> x) {
+    for (int i = 0; i < Vec<T>::lanes; ++i) p[i] = static_cast<std::int32_t>(x.v[i]);
+}
+#elif PK_VECTOR_BYTES == 64
+PK_INLINE Vec<float> floor(Vec<float> x) { return x.v = _mm512_floor_ps(x.v), x; }
+PK_INLINE Vec<double> floor(Vec<double> x) { return x.v = _mm512_floor_pd(x.v), x; }
+PK_INLINE void store_integers(std::int32_t* p, Vec<float> x) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(x.v)); }
+PK_INLINE void store_integers(std::int32_t* p, Vec<double> x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvttpd_epi32(x.v));
+}
+#else
+PK_INLINE Vec<float> floor(Vec<float> x) { return x.v = _mm256_floor_ps(x.v), x; }
+PK_INLINE Vec<double> floor(Vec<double> x) { return x.v = _mm256_floor_pd(x.v), x; }
+PK_INLINE void store_integers(std::int32_t* p, Vec<float> x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(x.v));
+}
+PK_INLINE void store_integers(std::int32_t* p, Vec<double> x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvttpd_epi32(x.v));
+}
+#endif
+
+// Keeps x in a register, where the compiler would load it anew for each use.
+template <class T>
+PK_INLINE void keep_in_register(Vec<T>& x) {
+#if PK_VECTOR_BYTES > 16
+    asm("" : "+v"(x.v));
+#else
+    (void)x;
+#endif
+}
+
 template <class T>
 PK_INLINE typename Vec<T>::IntStorage to_bits(Vec<T> x) {
     typename Vec<T>::IntStorage bits;

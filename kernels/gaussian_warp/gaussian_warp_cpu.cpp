@@ -28,7 +28,9 @@ struct Plan {
     int jets;  // of products of outer weights: the value, its derivatives, that by the variance
     bool by_variance, scatter;
     bool tabulated;
-    Index table_size, jet_size, outer_size, work_size;
+    Index stride;          // of weights: there are zeros in front of all
+    Index axis, jet_size;  // all weights of an axis, and of a pixel
+    Index table_size, outer_size, work_size;
     int parts;  // copies of the image gradient
 };
 
@@ -37,7 +39,7 @@ template <class T>
 struct Worker {
     WeightTable<T> table;
     double built_for;  // the variance in the table, -1 for none
-    T* jets;           // (block, axis, kind, width)
+    T* jets;           // (block, axis, kind, stride)
     T* outer;          // (block, jet, taps^2) in three dimensions
     double* work;
 };
@@ -119,8 +121,10 @@ Plan<T> make_plan(const GaussianWarp<T>& p, const GaussianWarpGradients<T>* g) {
     plan.jets = !gathers ? (g == nullptr ? 1 : 0) : p.ranks + (plan.by_variance && p.ranks > 1 ? 1 : 0);
     const Index pieces = most_table_pieces(p);
     plan.tabulated = pieces > 0;
-    plan.table_size = aligned<T>(table_elements<T>(pieces, plan.width, plan.kinds));
-    plan.jet_size = p.ranks * plan.kinds * plan.width;
+    plan.table_size = aligned<T>(table_elements<T>(pieces, plan.width, plan.by_variance ? 2 : 1));
+    plan.stride = plan.width + lanes;
+    plan.axis = plan.kinds * plan.stride;
+    plan.jet_size = p.ranks * plan.axis;
     plan.outer_size = p.ranks == 3 ? max(plan.jets, 1) * plan.taps * plan.taps : 0;
     plan.work_size = (WeightTable<T>::degree + 2) * 3 * (plan.taps + Vec<double>::lanes + 1);
     return plan;
@@ -138,10 +142,11 @@ template <class T>
 void make_worker(const Plan<T>& plan, char* memory) {
     Worker<T>& w = *reinterpret_cast<Worker<T>*>(memory);
     T* at = reinterpret_cast<T*>(memory + aligned<char>(sizeof(Worker<T>)));
-    w.table = {0, 0, plan.width, plan.kinds, at};
+    w.table = {0, 0, plan.width, plan.by_variance ? 2 : 1, at};
     w.built_for = -1;
     at += plan.table_size;
-    w.jets = at;
+    clear(at, block * plan.jet_size);
+    w.jets = at + Vec<T>::lanes;
     at += aligned<T>(block * plan.jet_size);
     w.outer = at;
     at += aligned<T>(block * plan.outer_size);
@@ -243,101 +248,111 @@ void fold(const Plan<T>& plan, const T* padded, Index part_stride, Index channel
 template <class T>
 struct Windows {
     Index n;
-    bool valid[block];  // neither flow nor variance is NaN
+    T marker[block];  // 0, or NaN where the flow or the variance is
     T variance[block];
     std::int32_t taps[block];
-    Index base[block];                        // where the window starts in a padded channel
-    T rest[block];                            // of the axis at hand: f, or u in its piece
-    std::int32_t piece[block], first[block];  // piece of the table; first tap's pixel
+    Index base[block];             // where the window starts in a padded channel
+    std::int32_t first[3][block];  // the first tap's pixel on each axis
+    std::int32_t piece[3][block];  // of the table, and where in it; without one, f
+    T rest[3][block];
 };
 
 // Where the windows lie on an axis on which pixel i has coordinate `position + i * advance`.
 template <class T>
-PK_INLINE void locate(const Plan<T>& plan, const WeightTable<T>* table, int axis, Index position, Index advance,
+PK_INLINE void locate(const Plan<T>& plan, const WeightTable<T>* table, Index axis, Index position, Index advance,
                       const T* flow, Windows<T>& w) {
+    constexpr int lanes = Vec<T>::lanes;
     const GaussianWarp<T>& p = *plan.p;
-    const T scale = static_cast<T>(-p.scale[axis]), far = static_cast<T>(farthest), half(T(0.5));
-    constexpr T exact = sizeof(T) == 4 ? T(1 << 22) : T(1 << 30);  // from here on a half is lost in the sum
-    const std::int32_t start = static_cast<std::int32_t>(position), stride = static_cast<std::int32_t>(advance);
-    const std::int32_t last_piece = table == nullptr ? 0 : static_cast<std::int32_t>(table->pieces) - 1;
-    const T pieces = static_cast<T>(last_piece + 1);
-    for (Index i = 0; i < w.n; ++i) {
-        T t = w.valid[i] ? flow[i] * scale : T(0);
-        t = t < far ? t : far;
-        t = t > -far ? t : -far;
-        const T origin = w.taps[i] % 2 == 1 && t < exact && t > -exact ? half : T(0);
-        const T shifted = t + origin;
-        std::int32_t whole = static_cast<std::int32_t>(shifted);
-        whole -= static_cast<T>(whole) > shifted ? 1 : 0;
-        const T rest = t - static_cast<T>(whole);
-        w.first[i] = start + static_cast<std::int32_t>(i) * stride + whole - (w.taps[i] - 1) / 2;
+    const bool odd = plan.taps % 2 == 1;  // then all windows are
+    const Vec<T> scale(static_cast<T>(-p.scale[axis])), far(static_cast<T>(farthest)), zero(T(0));
+    const Vec<T> exact(sizeof(T) == 4 ? T(1 << 22) : T(1 << 30));  // from here on a half is lost in the sum
+    const Vec<T> half(odd ? T(0.5) : T(0)), nan(static_cast<T>(__builtin_nan("")));
+    const Index pieces = table == nullptr ? 1 : table->pieces;
+    const Vec<T> length(static_cast<T>(pieces)), last(static_cast<T>(pieces - 1)), middle(T(0.5));
+    std::int32_t* const first = w.first[axis];
+    for (Index i = 0; i < w.n; i += lanes) {
+        const Vec<T> given = Vec<T>::load_first(flow + i, static_cast<int>(min(w.n - i, Index(lanes))));
+        (Vec<T>::load(w.marker + i) + select_le(given, given, zero, nan)).store(w.marker + i);
+        const Vec<T> t = greatest(least(given * scale, far), zero - far);
+        const Vec<T> whole = floor(t + select_le(exact, copysign(t, far), zero, half));
+        const Vec<T> rest = t - whole;
+        store_integers(first + i, whole);
         if (table == nullptr) {
-            w.rest[i] = rest;
+            rest.store(w.rest[axis] + i);
             continue;
         }
-        const T at = (rest + (w.taps[i] % 2 == 1 ? half : T(0))) * pieces;
-        std::int32_t piece = static_cast<std::int32_t>(at);
-        piece = piece > last_piece ? last_piece : piece;
-        w.piece[i] = piece;
-        w.rest[i] = at - static_cast<T>(piece) - half;
+        const Vec<T> at = (rest + half) * length, piece = least(floor(at), last);
+        store_integers(w.piece[axis] + i, piece);
+        (at - piece - middle).store(w.rest[axis] + i);
     }
+    const std::int32_t start = static_cast<std::int32_t>(position), stride = static_cast<std::int32_t>(advance);
+    for (std::int32_t i = 0; i < w.n; ++i) first[i] += start + i * stride - (w.taps[i] - 1) / 2;
     const std::int32_t size = static_cast<std::int32_t>(p.size[axis]);
     const Index low = plan.low[axis], step = axis == 2 ? 1 : axis == 1 ? plan.row : plan.plane;
     if (p.padding == WarpPadding::zeros || p.padding == WarpPadding::border) {
         for (Index i = 0; i < w.n; ++i) {
-            std::int32_t first = w.first[i];
-            first = first < -w.taps[i] ? -w.taps[i] : first;
-            first = first > size ? size : first;
-            w.base[i] += (first + low) * step;
+            const std::int32_t least = -w.taps[i];
+            const std::int32_t at = first[i] < least ? least : first[i] > size ? size : first[i];
+            w.base[i] += (at + low) * step;
         }
         return;
     }
     const std::int32_t period = p.padding == WarpPadding::periodic ? size : 2 * size;
     const std::int32_t begin = p.padding == WarpPadding::periodic ? 0 : -size;
     for (Index i = 0; i < w.n; ++i) {
-        std::int32_t first = w.first[i] - begin;
-        first += first < 0 ? period : 0;
-        first -= first >= period ? period : 0;
-        if (first < 0 || first >= period) {
-            first %= period;
-            first += first < 0 ? period : 0;
+        std::int32_t at = first[i] - begin;
+        at += at < 0 ? period : 0;
+        at -= at >= period ? period : 0;
+        if (at < 0 || at >= period) {
+            at %= period;
+            at += at < 0 ? period : 0;
         }
-        w.base[i] += (first + begin + low) * step;
+        w.base[i] += (at + begin + low) * step;
     }
+}
+
+template <class T, int kinds>
+PK_INLINE void weigh_by_table(const Plan<T>& plan, const WeightTable<T>& table, Index axis, const Windows<T>& w,
+                              T* jets) {
+    constexpr int lanes = Vec<T>::lanes;
+    const T* const rest = w.rest[axis];
+    const std::int32_t* const piece = w.piece[axis];
+    T* const end = jets + w.n * plan.jet_size;
+    Index i = 0;
+    if (table.width == lanes)
+        for (; jets < end; jets += plan.jet_size, ++i)
+            tabulated_weights<T, kinds, lanes>(table, piece[i], rest[i], 2 * lanes, jets);
+    else
+        for (; jets < end; jets += plan.jet_size, ++i)
+            tabulated_weights<T, kinds, 0>(table, piece[i], rest[i], plan.stride, jets);
 }
 
 template <class T>
 PK_INLINE void weigh(const Plan<T>& plan, const WeightTable<T>* table, Index axis, const Windows<T>& w, T* jets) {
     const GaussianWarp<T>& p = *plan.p;
-    const bool inside = p.normalize == WarpNormalize::inside;
-    const std::int32_t size = static_cast<std::int32_t>(p.size[axis]);
+    if (table != nullptr && plan.kinds == 1) weigh_by_table<T, 1>(plan, *table, axis, w, jets);
+    if (table != nullptr && plan.kinds == 2) weigh_by_table<T, 2>(plan, *table, axis, w, jets);
+    if (table != nullptr && plan.kinds == 3) weigh_by_table<T, 3>(plan, *table, axis, w, jets);
+    const bool inside = p.normalize == WarpNormalize::inside && p.padding == WarpPadding::zeros;
+    if (table != nullptr && !inside) return;
+    const Index size = p.size[axis];
     for (Index i = 0; i < w.n; ++i) {
         T* const jet = jets + i * plan.jet_size;
-        const Index taps = w.taps[i];
-        Index low = 0, high = taps;
-        if (inside && p.padding == WarpPadding::zeros) {
-            low = max(Index(0), min(taps, -static_cast<Index>(w.first[i])));
-            high = max(low, min(taps, static_cast<Index>(size) - w.first[i]));
-        }
-        if (table == nullptr) {
-            computed_weights<T>(p.form, {p.normalize, low, high}, w.variance[i], w.rest[i], taps, plan.width,
-                                plan.kinds, jet);
-            continue;
-        }
-        if (plan.kinds == 1)
-            tabulated_weights<T, 1>(*table, w.piece[i], w.rest[i], jet);
-        else if (plan.kinds == 2)
-            tabulated_weights<T, 2>(*table, w.piece[i], w.rest[i], jet);
-        else
-            tabulated_weights<T, 3>(*table, w.piece[i], w.rest[i], jet);
-        if (high - low < taps) renormalize(jet, low, high, taps, plan.width, plan.kinds);
+        const Index taps = w.taps[i], first = w.first[axis][i];
+        const Index low = inside ? max(Index(0), min(taps, -first)) : 0;
+        const Index high = inside ? max(low, min(taps, size - first)) : taps;
+        if (table == nullptr)
+            computed_weights<T>(p.form, {p.normalize, low, high}, w.variance[i], w.rest[axis][i], taps, plan.width,
+                                plan.stride, plan.kinds, jet);
+        else if (high - low < taps)
+            renormalize(jet, low, high, taps, plan.stride, plan.kinds);
     }
 }
 
 // Products of the weights on z and y, in three dimensions.
 template <class T>
 void multiply_outer(const Plan<T>& plan, const Windows<T>& w, const T* jets, T* outer) {
-    const Index width = plan.width, entries = plan.taps * plan.taps, axis = plan.kinds * width;
+    const Index stride = plan.stride, entries = plan.taps * plan.taps, axis = plan.axis;
     for (Index i = 0; i < w.n; ++i) {
         const Index taps = w.taps[i];
         const T* const z = jets + i * plan.jet_size;
@@ -348,10 +363,10 @@ void multiply_outer(const Plan<T>& plan, const Windows<T>& w, const T* jets, T* 
                 T* const at = out + a * taps + b;
                 at[0] = z[a] * y[b];
                 if (plan.jets > 1) {
-                    at[entries] = z[width + a] * y[b];
-                    at[2 * entries] = z[a] * y[width + b];
+                    at[entries] = z[stride + a] * y[b];
+                    at[2 * entries] = z[a] * y[stride + b];
                 }
-                if (plan.jets > 3) at[3 * entries] = z[2 * width + a] * y[b] + z[a] * y[2 * width + b];
+                if (plan.jets > 3) at[3 * entries] = z[2 * stride + a] * y[b] + z[a] * y[2 * stride + b];
             }
     }
 }
@@ -363,44 +378,50 @@ void prepare_block(const Plan<T>& plan, Worker<T>& worker, Index sample, Index s
     const GaussianWarp<T>& p = *plan.p;
     const Index at = (z * p.size[1] + y) * p.size[2] + x;
     const T* const flow = p.flow + sample * p.flow_stride[0] + step * p.flow_stride[1] + at;
-    for (Index i = 0; i < w.n; ++i) {
-        w.valid[i] = true;
-        w.base[i] = 0;
-    }
-    for (Index a = first_axis(p.ranks); a < 3; ++a) {
-        const T* const f = flow + p.flow_axis[a];
-        for (Index i = 0; i < w.n; ++i) w.valid[i] = w.valid[i] && f[i] == f[i];
-    }
-    const bool tabulated = plan.tabulated && worker.table.pieces > 0;
-    const WeightTable<T>* const table = tabulated ? &worker.table : nullptr;
+    const WeightTable<T>* const table = plan.tabulated && worker.table.pieces > 0 ? &worker.table : nullptr;
+    const T nan = static_cast<T>(__builtin_nan(""));
     if (p.varies) {
         const T* const v = p.variance + sample * p.variance_stride[0] + step * p.variance_stride[1] + at;
         for (Index i = 0; i < w.n; ++i) {
-            w.valid[i] = w.valid[i] && v[i] >= 0;
-            w.variance[i] = w.valid[i] ? v[i] : T(0);
+            w.marker[i] = v[i] >= 0 ? T(0) : nan;
+            w.variance[i] = v[i] >= 0 ? v[i] : T(0);
             w.taps[i] = static_cast<std::int32_t>(taps_of(p, w.variance[i]));
         }
     } else {
-        const T v = variance_of(p, sample, step);
-        const T used = v >= 0 ? v : T(0);
+        const T v = variance_of(p, sample, step), used = v >= 0 ? v : T(0), marker = v >= 0 ? T(0) : nan;
         const std::int32_t taps = static_cast<std::int32_t>(taps_of(p, used));
-        for (Index i = 0; i < w.n; ++i) {
-            w.valid[i] = w.valid[i] && v >= 0;
+        for (Index i = 0; i < block; ++i) {
+            w.marker[i] = marker;
             w.variance[i] = used;
             w.taps[i] = taps;
         }
     }
+    for (Index i = 0; i < block; ++i) w.base[i] = 0;
     for (Index a = first_axis(p.ranks); a < 3; ++a) {
-        locate(plan, table, static_cast<int>(a), a == 2 ? x : a == 1 ? y : z, a == 2 ? 1 : 0, flow + p.flow_axis[a], w);
-        weigh(plan, table, a, w, worker.jets + (a - first_axis(p.ranks)) * plan.kinds * plan.width);
+        locate(plan, table, a, a == 2 ? x : a == 1 ? y : z, a == 2 ? 1 : 0, flow + p.flow_axis[a], w);
+        weigh(plan, table, a, w, worker.jets + (a - first_axis(p.ranks)) * plan.axis);
     }
     if (p.ranks == 3) multiply_outer(plan, w, worker.jets, worker.outer);
 }
 
+// x in lanes [low, high), 0 in the others, whatever they hold.
+template <class T>
+PK_INLINE Vec<T> keep_range(Vec<T> x, Index low, Index high) {
+#if PK_VECTOR_BYTES == 64
+    const unsigned mask = ((1u << high) - 1u) & ~((1u << low) - 1u);
+    if constexpr (sizeof(T) == 4)
+        x.v = _mm512_maskz_mov_ps(static_cast<__mmask16>(mask), x.v);
+    else
+        x.v = _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), x.v);
+    return x;
+#else
+    return select_between(count_from(T(0)), low, high, x, Vec<T>(T(0)));
+#endif
+}
+
 template <class T>
 PK_INLINE Vec<T> keep_first(Vec<T> x, Index n) {
-    const Vec<T> lane = count_from(T(0));
-    return select_le(lane, Vec<T>(static_cast<T>(n) - T(0.5)), x, Vec<T>(T(0)));
+    return keep_range(x, 0, min(n, Index(Vec<T>::lanes)));
 }
 
 // Sums of folded vectors, one for each pixel.
@@ -425,7 +446,7 @@ struct Outer {
 template <class T>
 PK_INLINE Outer<T> outer_weights(const Plan<T>& plan, const Worker<T>& worker, Index i, Index taps, const T* one) {
     if (plan.p->ranks == 1) return {one, 0, 1, 1};
-    if (plan.p->ranks == 2) return {worker.jets + i * plan.jet_size, plan.width, 1, taps};
+    if (plan.p->ranks == 2) return {worker.jets + i * plan.jet_size, plan.stride, 1, taps};
     return {worker.outer + i * plan.outer_size, plan.taps * plan.taps, taps, taps};
 }
 
@@ -451,21 +472,55 @@ PK_INLINE Vec<T> window_sum(const Plan<T>& plan, const T* padded, const Outer<T>
     return sum;
 }
 
+// Pixels [i, end) of a block whose windows lie in the same rows and, side by side, in one vector: those of a smooth flow. Their
+// rows are read once, and the weights shifted to where each window is.
+template <class T, int taps>
+PK_INLINE Index group_end(const Windows<T>& w, Index i) {
+    const Index first = w.base[i];
+    Index end = i + 1;
+    while (end < w.n && w.base[end] >= first && w.base[end] - first <= Vec<T>::lanes - taps) ++end;
+    return end;
+}
+
+template <class T, int taps>
+void warp_groups(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& w, const T* padded, T* folded) {
+    for (Index i = 0; i < w.n;) {
+        const Index end = group_end<T, taps>(w, i), first = w.base[i];
+        Vec<T> rows[taps];
+#pragma GCC unroll 16
+        for (int r = 0; r < taps; ++r) {
+            rows[r] = Vec<T>::load(padded + first + r * plan.row);
+            keep_in_register(rows[r]);
+        }
+        for (; i < end; ++i) {
+            const Index shift = w.base[i] - first;
+            const T* const outer = worker.jets + i * plan.jet_size;
+            Vec<T> column = Vec<T>(outer[0]) * rows[0];
+#pragma GCC unroll 16
+            for (int r = 1; r < taps; ++r) column = column + Vec<T>(outer[r]) * rows[r];
+            store_folded(folded + i * folded_lanes<T>,
+                         keep_range(column, shift, shift + taps) * Vec<T>::load(outer + plan.axis - shift));
+        }
+    }
+}
+
 template <class T, int fixed>
 void warp_block(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& w, const T* padded, T* out) {
     constexpr int parts = folded_lanes<T>;
-    const Index inner = (plan.p->ranks - 1) * plan.kinds * plan.width;
+    const Index inner = (plan.p->ranks - 1) * plan.axis;
     const T one = 1;
     T folded[block * parts];
-    for (Index i = 0; i < w.n; ++i) {
+    constexpr bool grouped = fixed > 0 && fixed < Vec<T>::lanes;
+    if constexpr (grouped) warp_groups<T, fixed>(plan, worker, w, padded, folded);
+    for (Index i = grouped ? w.n : 0; i < w.n; ++i) {
         const Index taps = fixed > 0 ? fixed : w.taps[i];
         const Outer<T> outer = outer_weights(plan, worker, i, taps, &one);
-        store_folded(folded + i * parts, window_sum<T, fixed>(plan, padded + w.base[i], outer,
-                                                              worker.jets + i * plan.jet_size + inner, taps));
+        const T* const weights = worker.jets + i * plan.jet_size + inner;
+        store_folded(folded + i * parts, window_sum<T, fixed>(plan, padded + w.base[i], outer, weights, taps));
     }
     T sum[block] = {};
     add_folded(folded, w.n, sum);
-    for (Index i = 0; i < w.n; ++i) out[i] = w.valid[i] ? sum[i] : static_cast<T>(__builtin_nan(""));
+    for (Index i = 0; i < w.n; ++i) out[i] = sum[i] + w.marker[i];
 }
 
 // Rows [begin, end) of a warp; `padded` holds its channels.
@@ -531,12 +586,12 @@ PK_INLINE void window_backward(const Plan<T>& plan, const T* padded, T* scattere
                 for (Index b = 0; b < outer.rows_y; ++b) row(a * plan.plane + b * plan.row, r++);
         }
         if constexpr (jets > 0) {
-            slope[0] = slope[0] + keep_first(column[0], taps - j) * Vec<T>::load(inner + plan.width + j);
+            slope[0] = slope[0] + keep_first(column[0], taps - j) * Vec<T>::load(inner + plan.stride + j);
 #pragma GCC unroll 4
             for (int k = 1; k < jets; ++k) slope[k] = slope[k] + keep_first(column[k], taps - j) * weight;
             if constexpr (by_variance) {  // after the axes, with one jet of its own if there are outer axes
                 constexpr int k = jets == 1 ? 1 : jets - 1;
-                slope[k] = slope[k] + keep_first(column[0], taps - j) * Vec<T>::load(inner + 2 * plan.width + j);
+                slope[k] = slope[k] + keep_first(column[0], taps - j) * Vec<T>::load(inner + 2 * plan.stride + j);
             }
         }
     }
@@ -547,16 +602,69 @@ PK_INLINE void window_backward(const Plan<T>& plan, const T* padded, T* scattere
     }
 }
 
+// As warp_groups: the slopes and the image's gradient of groups of windows.
+template <class T, int jets, bool by_variance, bool scatter, int taps>
+void groups_backward(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& w, const T* padded, T* scattered,
+                     const T* grads, T (*folded)[block * folded_lanes<T>]) {
+    const Vec<T> zero(T(0));
+    for (Index i = 0; i < w.n;) {
+        const Index end = group_end<T, taps>(w, i), first = w.base[i];
+        Vec<T> rows[taps], given[taps];
+#pragma GCC unroll 16
+        for (int r = 0; r < taps; ++r) {
+            if constexpr (jets > 0) {
+                rows[r] = Vec<T>::load(padded + first + r * plan.row);
+                keep_in_register(rows[r]);
+            }
+            given[r] = zero;
+        }
+        for (; i < end; ++i) {
+            const Index shift = w.base[i] - first;
+            const T* const outer = worker.jets + i * plan.jet_size;
+            const T* const inner = outer + plan.axis - shift;
+            const Vec<T> weight = Vec<T>::load(inner) * Vec<T>(grads[i]);
+            const Vec<T> spread = keep_range(weight, shift, shift + taps);
+            Vec<T> column[3] = {zero, zero, zero};
+#pragma GCC unroll 16
+            for (int r = 0; r < taps; ++r) {
+#pragma GCC unroll 3
+                for (int k = 0; k < jets; ++k) column[k] = column[k] + Vec<T>(outer[k * plan.stride + r]) * rows[r];
+                if constexpr (scatter) given[r] = given[r] + Vec<T>(outer[r]) * spread;
+            }
+            if constexpr (jets > 0) {
+                const Vec<T> sum = keep_range(column[0], shift, shift + taps), g(grads[i]);
+                const Index at = i * folded_lanes<T>;
+                store_folded(folded[0] + at, sum * (Vec<T>::load(inner + plan.stride) * g));
+                store_folded(folded[1] + at, keep_range(column[1], shift, shift + taps) * weight);
+                if constexpr (by_variance)
+                    store_folded(folded[2] + at, keep_range(column[2], shift, shift + taps) * weight +
+                                                     sum * (Vec<T>::load(inner + 2 * plan.stride) * g));
+            }
+        }
+        if constexpr (scatter) {
+#pragma GCC unroll 16
+            for (int r = 0; r < taps; ++r) {
+                // Only now: a load waits for the stores of the group before, which it overlaps.
+                T* const target = scattered + first + r * plan.row;
+                (Vec<T>::load(target) + given[r]).store(target);
+            }
+        }
+    }
+}
+
 template <class T, int jets, bool by_variance, bool scatter, int fixed>
 void warp_block_backward(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& w, const T* padded,
                          T* scattered, const T* grads, Slopes<T>& slopes) {
     constexpr int parts = folded_lanes<T>, count = jets == 1 && by_variance ? 2 : jets;
-    const Index inner = (plan.p->ranks - 1) * plan.kinds * plan.width;
+    const Index inner = (plan.p->ranks - 1) * plan.axis;
     const T one = 1;
     T folded[4][block * parts];
-    for (Index i = 0; i < w.n; ++i) {
+    constexpr bool grouped = fixed > 0 && fixed < Vec<T>::lanes;
+    if constexpr (grouped)
+        groups_backward<T, jets, by_variance, scatter, fixed>(plan, worker, w, padded, scattered, grads, folded);
+    for (Index i = grouped ? w.n : 0; i < w.n; ++i) {
         const Index taps = fixed > 0 ? fixed : w.taps[i];
-        Outer<T> outer = outer_weights(plan, worker, i, taps, &one);
+        const Outer<T> outer = outer_weights(plan, worker, i, taps, &one);
         T* const to[4] = {folded[0] + i * parts, folded[1] + i * parts, folded[2] + i * parts, folded[3] + i * parts};
         window_backward<T, jets, by_variance, scatter, fixed>(
             plan, padded + w.base[i], scatter ? scattered + w.base[i] : nullptr, outer,
@@ -629,7 +737,7 @@ void warp_rows_backward(const Plan<T>& plan, Worker<T>& worker, Index sample, In
                 for (Index i = 0; i < w.n; ++i) grads[i] = given[i];
                 if (carried != nullptr)
                     for (Index i = 0; i < w.n; ++i) grads[i] += carried[c * plan.pixels + at + i];
-                for (Index i = 0; i < w.n; ++i) grads[i] = w.valid[i] ? grads[i] : T(0);
+                for (Index i = 0; i < w.n; ++i) grads[i] = w.marker[i] == 0 ? grads[i] : T(0);
                 if (plan.scatter)
                     choose_jets<T, true>(plan, worker, w, fixed, padded + c * plan.volume, scattered + c * plan.volume,
                                          grads, slopes);
@@ -637,7 +745,7 @@ void warp_rows_backward(const Plan<T>& plan, Worker<T>& worker, Index sample, In
                     choose_jets<T, false>(plan, worker, w, fixed, padded + c * plan.volume, nullptr, grads, slopes);
             }
             for (Index k = 0; k < slopes_count; ++k)
-                for (Index i = 0; i < w.n; ++i) slopes.by[k][i] = w.valid[i] ? slopes.by[k][i] : T(0);
+                for (Index i = 0; i < w.n; ++i) slopes.by[k][i] = w.marker[i] == 0 ? slopes.by[k][i] : T(0);
             const T far = static_cast<T>(farthest);
             if (g.flow != nullptr)
                 for (Index a = first_axis(p.ranks); a < 3; ++a) {
@@ -646,7 +754,8 @@ void warp_rows_backward(const Plan<T>& plan, Worker<T>& worker, Index sample, In
                     const T scale = static_cast<T>(-p.scale[a]);
                     const Index channel = p.flow_axis[a] / plan.pixels;
                     T* const out = g.flow + (frame * p.ranks + channel) * plan.pixels + at;
-                    const T* const flow = p.flow + sample * p.flow_stride[0] + step * p.flow_stride[1] + p.flow_axis[a] + at;
+                    const T* const flow =
+                        p.flow + sample * p.flow_stride[0] + step * p.flow_stride[1] + p.flow_axis[a] + at;
                     for (Index i = 0; i < w.n; ++i) {
                         const T t = flow[i] * scale;
                         out[i] = t > far || t < -far ? T(0) : scale * slopes.by[k][i];

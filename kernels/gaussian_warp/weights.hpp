@@ -2,7 +2,7 @@
 //
 // A centre lies f from the nearest pixel (odd K, -1/2 <= f < 1/2) or from the pixel before it (even K, 0 <= f < 1), and tap j
 // at the distance d = j - (K - 1) / 2 - f from it. A jet is the weights of all taps, their derivatives by f, and those by the
-// variance, each in `width` lanes, of which those beyond K are 0.
+// variance, each in `width` lanes, of which those beyond K are 0, and `stride` apart.
 #pragma once
 
 #include "common/arrays.hpp"
@@ -53,8 +53,8 @@ struct Counted {
 
 // The jet of the first `kinds` of: weights, derivative by f, by the variance.
 template <class T>
-PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f, Index taps, Index width, int kinds,
-                                T* jet) {
+PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f, Index taps, Index width, Index stride,
+                                int kinds, T* jet) {
     constexpr int lanes = Vec<T>::lanes;
     const Vec<T> zero(T(0)), one(T(1));
     const T first = -static_cast<T>((taps - 1) / 2);
@@ -105,12 +105,12 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
         sum = sum + w;
         if (kinds > 1) {
             by_f = select_between(tap, low, high, by_f, zero);
-            by_f.store(jet + width + j);
+            by_f.store(jet + stride + j);
             sum_f = sum_f + by_f;
         }
         if (kinds > 2) {
             by_v = select_between(tap, low, high, by_v, zero);
-            by_v.store(jet + 2 * width + j);
+            by_v.store(jet + 2 * stride + j);
             sum_v = sum_v + by_v;
         }
     }
@@ -121,28 +121,30 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
     for (Index j = 0; j < width; j += lanes) {
         const Vec<T> w = Vec<T>::load(jet + j) / total;
         w.store(jet + j);
-        if (kinds > 1) ((Vec<T>::load(jet + width + j) - w * slope_f) / total).store(jet + width + j);
-        if (kinds > 2) ((Vec<T>::load(jet + 2 * width + j) - w * slope_v) / total).store(jet + 2 * width + j);
+        if (kinds > 1) ((Vec<T>::load(jet + stride + j) - w * slope_f) / total).store(jet + stride + j);
+        if (kinds > 2) ((Vec<T>::load(jet + 2 * stride + j) - w * slope_v) / total).store(jet + 2 * stride + j);
     }
 }
 
-// Jets as polynomials of f on `pieces` equal intervals of its range: (piece, kind, coefficient, lane), in the variable
-// u = (f - middle of the piece) / its length, from the highest power to the constant.
+// Weights as polynomials of f on `pieces` equal intervals of its range, and after them their derivatives by the variance, if
+// these are asked for: (piece, kind, coefficient, lane), in the variable u = (f - middle of the piece) / its length, from the
+// highest power to the constant. The derivative by f is that of the polynomial.
 template <class T>
 struct WeightTable {
     static constexpr int degree = sizeof(T) == 4 ? 4 : 8;
     Index pieces, taps, width;
-    int kinds;
+    int kinds;  // 1, or 2 with the derivative by the variance
     T* coefficients;
 };
 
 // A polynomial of a Gaussian on an interval of length h is off by its slope times h / 2, (d h / 2 v)^(n+1) / (2^n (n+1)!)
-// relative at the outermost tap: this many pieces leave 3e-7 in float, 1e-14 in double. 0: it would be too many.
+// relative at the outermost tap: with this many pieces 5e-9 in float and 1e-15 in double, the derivative 3e-7 and 1e-13.
+// 0: it would be too many.
 constexpr Index most_pieces = 256;
 PK_INLINE Index table_pieces(WarpForm form, double variance, Index taps) {
     if (form == WarpForm::linear || variance == 0) return 1;
     for (Index pieces = 8; pieces <= most_pieces; pieces *= 2)
-        if (static_cast<double>(taps + 1) <= 0.88 * variance * static_cast<double>(pieces)) return pieces;
+        if (static_cast<double>(taps + 1) <= 0.44 * variance * static_cast<double>(pieces)) return pieces;
     return 0;
 }
 
@@ -164,13 +166,14 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
     for (Index piece = 0; piece < table.pieces; ++piece) {
         for (int n = 0; n < nodes; ++n) {
             const double f = origin + (static_cast<double>(piece) + 0.5 + node[n]) / static_cast<double>(table.pieces);
-            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, table.kinds, work + n * jet);
+            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, wide, 2 * table.kinds - 1,
+                                     work + n * jet);
         }
         for (int kind = 0; kind < table.kinds; ++kind) {
             T* const out = table.coefficients + (piece * table.kinds + kind) * nodes * table.width;
             clear(out, nodes * table.width);
             for (Index j = 0; j < taps; ++j) {
-                for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + kind * wide + j];
+                for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + 2 * kind * wide + j];
                 for (int order = 1; order < nodes; ++order)
                     for (int n = nodes - 1; n >= order; --n)
                         differences[n] = (differences[n] - differences[n - 1]) / (node[n] - node[n - order]);
@@ -186,35 +189,47 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
     }
 }
 
-// The jet at u in a piece.
-template <class T, int kinds>
-PK_INLINE void tabulated_weights(const WeightTable<T>& table, Index piece, T u, T* jet) {
-    constexpr int degree = WeightTable<T>::degree;
-    const T* c = table.coefficients + piece * kinds * (degree + 1) * table.width;
+// The jet at u in a piece. `fixed`: the width, where it is known.
+template <class T, int kinds, int fixed>
+PK_INLINE void tabulated_weights(const WeightTable<T>& table, Index piece, T u, Index stride, T* jet) {
+    constexpr int degree = WeightTable<T>::degree, lanes = Vec<T>::lanes;
+    const Index width = fixed > 0 ? fixed : table.width, each = (degree + 1) * width;
+    const T* const c = table.coefficients + piece * (kinds > 2 ? 2 : 1) * each;
     const Vec<T> at(u);
-    for (int kind = 0; kind < kinds; ++kind, c += (degree + 1) * table.width)
-        for (Index j = 0; j < table.width; j += Vec<T>::lanes) {
-            Vec<T> w = Vec<T>::load(c + j);
-#pragma GCC unroll 8
-            for (int n = 1; n <= degree; ++n) w = w * at + Vec<T>::load(c + n * table.width + j);
-            w.store(jet + kind * table.width + j);
+    for (Index j = 0; j < width; j += lanes) {
+        const T* const p = c + j;
+        Vec<T> w = Vec<T>::load(p), slope = w;
+        w = w * at + Vec<T>::load(p + width);
+#pragma GCC unroll 16
+        for (int n = 2; n <= degree; ++n) {
+            if constexpr (kinds > 1) slope = slope * at + w;
+            w = w * at + Vec<T>::load(p + n * width);
         }
+        w.store(jet + j);
+        if constexpr (kinds > 1) (slope * Vec<T>(static_cast<T>(table.pieces))).store(jet + stride + j);
+        if constexpr (kinds > 2) {
+            Vec<T> by_variance = Vec<T>::load(p + each);
+#pragma GCC unroll 16
+            for (int n = 1; n <= degree; ++n) by_variance = by_variance * at + Vec<T>::load(p + each + n * width);
+            by_variance.store(jet + 2 * stride + j);
+        }
+    }
 }
 
 // Normalises a jet again over the taps that count alone.
 template <class T>
-PK_INLINE void renormalize(T* jet, Index low, Index high, Index taps, Index width, int kinds) {
+PK_INLINE void renormalize(T* jet, Index low, Index high, Index taps, Index stride, int kinds) {
     T total = 0;
     for (Index j = 0; j < taps; ++j) {
         const bool counts = low <= j && j < high;
         for (int kind = 0; kind < kinds; ++kind)
-            if (!counts) jet[kind * width + j] = 0;
+            if (!counts) jet[kind * stride + j] = 0;
         total += jet[j];
     }
     if (!(total > 0)) total = 1;
     for (Index j = low; j < high; ++j) jet[j] /= total;
     for (int kind = 1; kind < kinds; ++kind) {
-        T* const slope = jet + kind * width;
+        T* const slope = jet + kind * stride;
         T sum = 0;
         for (Index j = low; j < high; ++j) sum += slope[j];
         for (Index j = low; j < high; ++j) slope[j] = (slope[j] - jet[j] * sum) / total;

@@ -162,7 +162,8 @@ def _open(xarray: Any, path: Path) -> Any:
     with path.open("rb") as file:
         classic = file.read(3) == b"CDF"
     engine = "scipy" if classic else "h5netcdf"
-    require(engine, engine, "netcdf", "pykernels.data.sst")
+    for package in (engine,) if classic else (engine, "h5py"):
+        require(package, package, "netcdf", "pykernels.data.sst")
     with warnings.catch_warnings():
         # One of several values that mean missing: all are read as NaN, which is what is wanted.
         warnings.filterwarnings("ignore", "variable .* has multiple fill values", xarray.SerializationWarning)

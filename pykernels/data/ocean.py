@@ -42,8 +42,8 @@ class OceanSequences:
             is along the last axis (x), channel 1 along the one before (y). It is the velocity at each pixel times the
             interval between frames, averaged over that interval, and so without divergence. ``images[:, t + 1]`` is
             about ``images[:, t]`` read at ``x - flow[:, t]`` and blurred by a Gaussian of variance 2 ``diffusivity``:
-            what :func:`pykernels.gaussian_warp` computes. It is not exactly that, since a drop of water passes other
-            pixels on its way: to first order in the displacement times the gradient of the velocity.
+            what :func:`pykernels.gaussian_warp` computes. It is not exactly that: water passes other pixels on its way,
+            so that its displacement differs from this one by a part of the displacement times the velocity's gradient.
         diffusivity: D in pixels squared per frame.
         periodic: whether what leaves the tile comes back on the other side. If not, the borders are open.
         mean, deviation: of the temperature over all pixels of all frames.
@@ -80,9 +80,9 @@ def simulate(
         sequences: how many.
         frames: of each, at least 2.
         size: pixels on each side, at least 16.
-        diffusivity: D in pixels squared per frame, not negative. The default is the published one.
-        speed: of the fastest current, in pixels per frame, not negative: half of it or more in every sequence, of
-            which the drift is a third at most.
+        diffusivity: D in pixels squared per frame, not negative.
+        speed: of the fastest current that may be, in pixels per frame, not negative. Every sequence draws a bound
+            between half of this and this, and divides it between vortices and drift, which gets a third at most.
         vortices: in a square of ``size`` by ``size`` pixels. Their radii are between a twelfth and a sixth of ``size``.
         periodic: whether the tile is periodic. If not, it is cut out of a periodic square of about twice its area,
             and water flows in and out through the open borders.

@@ -47,8 +47,8 @@ class Box(NamedTuple):
 class SSTFrames:
     """Where the frames of N windows of T frames come from, and how they were normalised.
 
-    ``frames[windows]`` and ``frames[windows, times]`` are a part of it, by whatever indexes an array: ``frames[:, 4:]``
-    are the frames that four inputs are followed by.
+    ``frames[windows]`` and ``frames[windows, times]``, with slices or arrays of indices, are a part of it:
+    ``frames[:, 4:]`` are the frames that follow four inputs.
 
     Attributes:
         region: the number of each window's region, shape (N,), int64.

@@ -487,7 +487,7 @@ def test_files_that_cannot_be_used(tmp_path, write):
             SSTRegions(dataset(values, times), **MONTHLY)
 
 
-@pytest.mark.parametrize("package", ["xarray", "h5netcdf"])
+@pytest.mark.parametrize("package", ["xarray", "h5netcdf", "h5py"])
 def test_missing_packages_are_named(monkeypatch, write, package):
     path = write(dataset(temperatures(MONTHS), MONTHS))
     monkeypatch.setitem(sys.modules, package, None)

@@ -222,5 +222,5 @@ def _sum(image: Tensor, weights: list[Tensor], masks: list[Tensor], indices: lis
             stride *= sizes[axis]
         where = index.expand(batch, *sizes, -1).flatten(1).unsqueeze(1).expand(-1, channels, -1)
         row = flat.gather(2, where).view(batch, channels, *sizes, index.shape[-1])
-        total = total + torch.where(mask.unsqueeze(1), row * weight.unsqueeze(1), 0).sum(-1)
+        total = total + (torch.where(mask.unsqueeze(1), row, 0) * weight.unsqueeze(1)).sum(-1)
     return total
