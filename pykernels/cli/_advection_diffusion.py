@@ -126,9 +126,7 @@ def _add_settings(parser: Parser) -> None:
             type=number,
             default=None,
             metavar="X",
-            help="penalty, for motion in pixels (default: the published one, converted; in all methods but two)"
-            if name == COEFFICIENTS[0]
-            else "likewise",
+            help="penalty of the motion, in pixels (default: the published one, converted)",
         )
     parser.add_setting(
         "--loss", group=model, choices=["squared", "charbonnier"], default="squared", help="default: squared"
