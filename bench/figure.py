@@ -24,6 +24,11 @@ STYLES = {
     "compiled loop": ("#6d5a8d", "v", 44),
     "torchdiffeq": ("#9c2f3f", "P", 46),
     "torchode": ("#8a6d3b", "X", 46),
+    "bilinear grid_sample": ("#c4622d", "s", 38),
+    "cubic torch-interpol": ("#7a8b2f", "D", 34),
+    "separable einsum": ("#6d5a8d", "^", 44),
+    "warp-lang": ("#9c2f3f", "P", 46),
+    "pykeops": ("#8a6d3b", "X", 46),
 }
 #: Above this ratio of the slowest to pykernels the times are drawn on a logarithmic axis.
 LOGARITHMIC_FROM = 8.0

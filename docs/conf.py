@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -53,5 +54,11 @@ def _mathml(block: bool) -> Any:
     return visit
 
 
+def _escape_shapes(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """The star of shapes like (B, C, *S), which is no emphasis."""
+    lines[:] = [re.sub(r"(?<=[ (])\*S\b", r"\\*S", line) for line in lines]
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _escape_shapes)
     app.add_html_math_renderer("mathml", (_mathml(block=False), None), (_mathml(block=True), None))

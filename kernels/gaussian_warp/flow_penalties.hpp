@@ -10,10 +10,10 @@
 //   (D^T f)(n - 2) = f(n - 3) - f(n - 2) - f(n - 1)
 //   (D^T f)(n - 1) = f(n - 2) + f(n - 1)
 //
-// A task is a chunk of a sample, whose size depends on the image alone: pieces of rows, of which each is gone through
-// several times while it is in the first-level cache. Sums are kept in double for each chunk and added in order, so that
-// the bits depend on no number of threads. Moves R arrays of pixels forward, 2 R backward, and makes
-// 3 R + 3 operations for each number forward and 6 R + 2 backward.
+// A task is a chunk of a sample, whose size depends on the image alone: pieces of rows. The forward has the differences of a
+// vector of pixels in registers; the backward goes through a piece once for each term, in the first-level cache. Sums are
+// kept in double for each chunk and added in order, so that the bits depend on no number of threads. Moves R arrays of
+// pixels forward, 2 R backward, and makes 3 R + 3 operations for each number forward and 6 R + 2 backward.
 #pragma once
 
 #include <cstdint>

@@ -91,29 +91,91 @@ PK_INLINE Row row_of(const FlowPenalties<T>& p, const Pieces& pieces, Index numb
     return {{row / p.size[1], row % p.size[1]}, begin, min(p.size[2], begin + piece)};
 }
 
-// The sum of squares of a piece of a row: in so many lanes that each adds few of them.
+// Pixel i of a component is at f + i. Its difference along axis a is f[i + low[a] + step[a]] - f[i + low[a]].
+struct Steps {
+    Index low[3], step[3];
+};
+
 template <class T>
-PK_INLINE double sum_of_squares(const T* x, Index n) {
-    constexpr int lanes = Vec<T>::lanes, ways = 4;
-    Vec<T> sum[ways] = {Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0))};
-    Index i = 0;
-    for (; i + ways * lanes <= n; i += ways * lanes) {
-#pragma GCC unroll 4
-        for (int w = 0; w < ways; ++w) {
-            const Vec<T> v = Vec<T>::load(x + i + w * lanes);
-            sum[w] = sum[w] + v * v;
+PK_INLINE Steps steps_of(const FlowPenalties<T>& p, const Row& row) {
+    const Index stride[2] = {p.size[1] * p.size[2], p.size[2]};
+    Steps steps = {{0, 0, 0}, {0, 0, 1}};
+    for (int axis = 0; axis < 2; ++axis) {
+        if (p.size[axis] == 1) continue;
+        steps.low[axis] = (pair_at(row.index[axis], p.size[axis]) - row.index[axis]) * stride[axis];
+        steps.step[axis] = stride[axis];
+    }
+    return steps;
+}
+
+// The three terms, of one pixel or of as many as a vector holds.
+template <class V>
+struct Terms {
+    V divergence, magnitude, smoothness;
+};
+
+template <int ranks, bool xy, class V, class T, class Load>
+PK_INLINE Terms<V> terms_at(const T* f, Index component, const Steps& steps, Load load) {
+    V divergence(0), magnitude(0), smoothness(0);
+#pragma GCC unroll 3
+    for (int channel = 0; channel < ranks; ++channel) {
+        const T* w = f + channel * component;
+        const V value = load(w);
+        magnitude = magnitude + value * value;
+#pragma GCC unroll 3
+        for (int axis = 3 - ranks; axis < 3; ++axis) {
+            const V d = load(w + steps.low[axis] + steps.step[axis]) - load(w + steps.low[axis]);
+            smoothness = smoothness + d * d;
+            if (channel == (xy ? 2 - axis : axis - (3 - ranks))) divergence = divergence + d;
         }
     }
-    for (; i < n; i += lanes) {
-        const Vec<T> v = Vec<T>::load_first(x + i, static_cast<int>(min(lanes, n - i)));
-        sum[0] = sum[0] + v * v;
-    }
-    T lane[ways * lanes];
-    for (int w = 0; w < ways; ++w) sum[w].store(lane + w * lanes);
-    double total = 0;
-    for (int l = 0; l < ways * lanes; ++l) total += static_cast<double>(lane[l]);
-    return total;
+    return {divergence * divergence, magnitude, smoothness};
 }
+
+// Lanes are added to the sums in double before they have grown so long that their rounding counts.
+template <class T>
+class Sums {
+public:
+    PK_INLINE void add(const Terms<Vec<T>>& t) {
+        lanes_.divergence = lanes_.divergence + t.divergence;
+        lanes_.magnitude = lanes_.magnitude + t.magnitude;
+        lanes_.smoothness = lanes_.smoothness + t.smoothness;
+        if (++added_ == 64) flush();
+    }
+    PK_INLINE void add(const Terms<double>& t) {
+        divergence_ += t.divergence;
+        magnitude_ += t.magnitude;
+        smoothness_ += t.smoothness;
+    }
+    PK_INLINE double weighted(const FlowPenalties<T>& p) {
+        flush();
+        double sum = 0;
+        if (p.divergence != 0) sum += p.divergence * divergence_;
+        if (p.magnitude != 0) sum += p.magnitude * magnitude_;
+        if (p.smoothness != 0) sum += p.smoothness * smoothness_;
+        return sum;
+    }
+
+private:
+    PK_INLINE void flush() {
+        divergence_ += total(lanes_.divergence);
+        magnitude_ += total(lanes_.magnitude);
+        smoothness_ += total(lanes_.smoothness);
+        lanes_ = {Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0))};
+        added_ = 0;
+    }
+    static PK_INLINE double total(Vec<T> x) {
+        T lane[Vec<T>::lanes];
+        x.store(lane);
+        double sum = 0;
+        for (int i = 0; i < Vec<T>::lanes; ++i) sum += static_cast<double>(lane[i]);
+        return sum;
+    }
+
+    Terms<Vec<T>> lanes_ = {Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0))};
+    double divergence_ = 0, magnitude_ = 0, smoothness_ = 0;
+    int added_ = 0;
+};
 
 template <class T>
 struct Forward {
@@ -122,36 +184,38 @@ struct Forward {
     double* sums;  // (batch, tasks of a sample)
 };
 
-template <class T>
+template <class T, int ranks, bool xy>
 void run_forward(const void* parameters, Index task, int) {
+    constexpr int lanes = Vec<T>::lanes;
     const Forward<T>& f = *static_cast<const Forward<T>*>(parameters);
     const FlowPenalties<T>& p = f.p;
     const Sample<T> sample(p, task / f.pieces.tasks);
+    const Index component = p.size[0] * p.size[1] * p.size[2];
     const Index first = task % f.pieces.tasks * f.pieces.per_task;
     const Index last = min(p.size[0] * p.size[1] * f.pieces.per_row, first + f.pieces.per_task);
-    alignas(64) T differences[piece];
-    double divergence = 0, magnitude = 0, smoothness = 0;
+    Sums<T> sums;
     for (Index number = first; number < last; ++number) {
         const Row row = row_of(p, f.pieces, number);
-        const Index n = row.end - row.begin;
-        for (Index channel = 0; channel < p.ranks; ++channel) {
-            if (p.magnitude != 0) magnitude += sum_of_squares(sample.at(row, channel), n);
-            for (int axis = 0; p.smoothness != 0 && axis < 3; ++axis) {
-                if (p.size[axis] == 1) continue;
-                sample.template differences<false>(differences, row, axis, channel);
-                smoothness += sum_of_squares(differences, n);
-            }
+        Steps steps = steps_of(p, row);
+        const T* w = sample.at(row, 0);
+        const bool ends = row.end == p.size[2];
+        const Index n = row.end - row.begin - (ends ? 1 : 0);  // pixels that have one to their right
+        Index j = 0;
+        for (; j + lanes <= n; j += lanes)
+            sums.add(
+                terms_at<ranks, xy, Vec<T>>(w + j, component, steps, [](const T* at) { return Vec<T>::load(at); }));
+        if (j < n) {
+            const int rest = static_cast<int>(n - j);
+            sums.add(terms_at<ranks, xy, Vec<T>>(w + j, component, steps,
+                                                 [rest](const T* at) { return Vec<T>::load_first(at, rest); }));
         }
-        if (p.divergence != 0) {
-            sample.divergence(differences, row);
-            divergence += sum_of_squares(differences, n);
-        }
+        if (!ends) continue;
+        steps.low[2] = p.size[2] > 1 ? -1 : 0;
+        steps.step[2] = p.size[2] > 1 ? 1 : 0;
+        sums.add(
+            terms_at<ranks, xy, double>(w + n, component, steps, [](const T* at) { return static_cast<double>(*at); }));
     }
-    double sum = 0;
-    if (p.divergence != 0) sum += p.divergence * divergence;
-    if (p.magnitude != 0) sum += p.magnitude * magnitude;
-    if (p.smoothness != 0) sum += p.smoothness * smoothness;
-    f.sums[task] = sum;
+    f.sums[task] = sums.weighted(p);
 }
 
 // What (D^T f)(i) takes f(i - 1), f(i) and f(i + 1) times, along an axis of n > 1 pixels.
@@ -273,8 +337,11 @@ void forward(const FlowPenalties<T>& p, T* values, int threads) {
     const Scratch scratch(static_cast<std::size_t>(p.batch * pieces.tasks) * sizeof(double));
     double* const sums = static_cast<double*>(scratch.data());
     const Forward<T> f{p, pieces, sums};
-    parallel_tasks(p.batch * pieces.tasks, p.batch * p.ranks * pixels < smallest_parallel ? 1 : threads, run_forward<T>,
-                   &f);
+    const bool xy = p.channel[2] == 0;
+    const TaskBody body = p.ranks == 1   ? run_forward<T, 1, true>
+                          : p.ranks == 2 ? (xy ? run_forward<T, 2, true> : run_forward<T, 2, false>)
+                                         : (xy ? run_forward<T, 3, true> : run_forward<T, 3, false>);
+    parallel_tasks(p.batch * pieces.tasks, p.batch * p.ranks * pixels < smallest_parallel ? 1 : threads, body, &f);
     for (Index b = 0; b < p.batch; ++b) {
         double sum = 0;
         for (Index t = 0; t < pieces.tasks; ++t) sum += sums[b * pieces.tasks + t];

@@ -6,6 +6,7 @@
 #include "common/parallel.hpp"
 #include "common/simd.hpp"
 #include "gaussian_warp/gaussian_warp.hpp"
+#include "gaussian_warp/side_by_side.hpp"
 #include "gaussian_warp/weights.hpp"
 
 PK_ISA_BEGIN
@@ -38,6 +39,7 @@ struct Plan {
 template <class T>
 struct Worker {
     WeightTable<T> table;
+    WeightPolynomials<T> polynomials;
     double built_for;  // the variance in the table, -1 for none
     T* jets;           // (block, axis, kind, stride)
     T* outer;          // (block, jet, taps^2) in three dimensions
@@ -126,7 +128,7 @@ Plan<T> make_plan(const GaussianWarp<T>& p, const GaussianWarpGradients<T>* g) {
     plan.axis = plan.kinds * plan.stride;
     plan.jet_size = p.ranks * plan.axis;
     plan.outer_size = p.ranks == 3 ? max(plan.jets, 1) * plan.taps * plan.taps : 0;
-    plan.work_size = (WeightTable<T>::degree + 2) * 3 * (plan.taps + Vec<double>::lanes + 1);
+    plan.work_size = (WeightPolynomials<T>::degree + 2) * 3 * (plan.taps + Vec<double>::lanes + 1);
     return plan;
 }
 
@@ -164,6 +166,7 @@ void prepare_table(const Plan<T>& plan, Worker<T>& w, Index sample, Index step) 
     w.table.pieces = table_pieces(p.form, variance, w.table.taps);
     w.built_for = variance;
     if (w.table.pieces > 0) build_table(w.table, p.form, p.normalize, variance, w.work);
+    build_polynomials(w.polynomials, p.form, p.normalize, variance, w.table.taps, w.work);
 }
 
 // The pixel of an axis of this size that stands for pixel i, which may lie outside; -1 for zero.
@@ -248,14 +251,24 @@ void fold(const Plan<T>& plan, const T* padded, Index part_stride, Index channel
 template <class T>
 struct Windows {
     Index n;
+    T shared_marker;
     T marker[block];  // 0, or NaN where the flow or the variance is
     T variance[block];
     std::int32_t taps[block];
-    Index base[block];             // where the window starts in a padded channel
+    std::int32_t at[3][block];     // where the window starts in a padded channel, on each axis
     std::int32_t first[3][block];  // the first tap's pixel on each axis
     std::int32_t piece[3][block];  // of the table, and where in it; without one, f
     T rest[3][block];
+    T offset[3][block];  // f
+    T shift[2][block];   // on x and y, of windows side by side
 };
+
+// Where a window starts in a padded channel.
+template <class T>
+PK_INLINE Index window_base(const Plan<T>& plan, const Windows<T>& w, Index i) {
+    const bool deep = plan.p->ranks == 3, high = plan.p->ranks > 1;
+    return (deep ? w.at[0][i] * plan.plane : 0) + (high ? w.at[1][i] * plan.row : 0) + w.at[2][i];
+}
 
 // Where the windows lie on an axis on which pixel i has coordinate `position + i * advance`.
 template <class T>
@@ -277,6 +290,7 @@ PK_INLINE void locate(const Plan<T>& plan, const WeightTable<T>* table, Index ax
         const Vec<T> whole = floor(t + select_le(exact, copysign(t, far), zero, half));
         const Vec<T> rest = t - whole;
         store_integers(first + i, whole);
+        rest.store(w.offset[axis] + i);
         if (table == nullptr) {
             rest.store(w.rest[axis] + i);
             continue;
@@ -288,12 +302,12 @@ PK_INLINE void locate(const Plan<T>& plan, const WeightTable<T>* table, Index ax
     const std::int32_t start = static_cast<std::int32_t>(position), stride = static_cast<std::int32_t>(advance);
     for (std::int32_t i = 0; i < w.n; ++i) first[i] += start + i * stride - (w.taps[i] - 1) / 2;
     const std::int32_t size = static_cast<std::int32_t>(p.size[axis]);
-    const Index low = plan.low[axis], step = axis == 2 ? 1 : axis == 1 ? plan.row : plan.plane;
+    const std::int32_t low = static_cast<std::int32_t>(plan.low[axis]);
     if (p.padding == WarpPadding::zeros || p.padding == WarpPadding::border) {
         for (Index i = 0; i < w.n; ++i) {
             const std::int32_t least = -w.taps[i];
             const std::int32_t at = first[i] < least ? least : first[i] > size ? size : first[i];
-            w.base[i] += (at + low) * step;
+            w.at[axis][i] = at + low;
         }
         return;
     }
@@ -307,7 +321,7 @@ PK_INLINE void locate(const Plan<T>& plan, const WeightTable<T>* table, Index ax
             at %= period;
             at += at < 0 ? period : 0;
         }
-        w.base[i] += (at + begin + low) * step;
+        w.at[axis][i] = at + begin + low;
     }
 }
 
@@ -328,11 +342,12 @@ PK_INLINE void weigh_by_table(const Plan<T>& plan, const WeightTable<T>& table, 
 }
 
 template <class T>
-PK_INLINE void weigh(const Plan<T>& plan, const WeightTable<T>* table, Index axis, const Windows<T>& w, T* jets) {
+PK_INLINE void weigh(const Plan<T>& plan, const WeightTable<T>* table, int kinds, Index axis, const Windows<T>& w,
+                     T* jets) {
     const GaussianWarp<T>& p = *plan.p;
-    if (table != nullptr && plan.kinds == 1) weigh_by_table<T, 1>(plan, *table, axis, w, jets);
-    if (table != nullptr && plan.kinds == 2) weigh_by_table<T, 2>(plan, *table, axis, w, jets);
-    if (table != nullptr && plan.kinds == 3) weigh_by_table<T, 3>(plan, *table, axis, w, jets);
+    if (table != nullptr && kinds == 1) weigh_by_table<T, 1>(plan, *table, axis, w, jets);
+    if (table != nullptr && kinds == 2) weigh_by_table<T, 2>(plan, *table, axis, w, jets);
+    if (table != nullptr && kinds == 3) weigh_by_table<T, 3>(plan, *table, axis, w, jets);
     const bool inside = p.normalize == WarpNormalize::inside && p.padding == WarpPadding::zeros;
     if (table != nullptr && !inside) return;
     const Index size = p.size[axis];
@@ -343,9 +358,9 @@ PK_INLINE void weigh(const Plan<T>& plan, const WeightTable<T>* table, Index axi
         const Index high = inside ? max(low, min(taps, size - first)) : taps;
         if (table == nullptr)
             computed_weights<T>(p.form, {p.normalize, low, high}, w.variance[i], w.rest[axis][i], taps, plan.width,
-                                plan.stride, plan.kinds, jet);
+                                plan.stride, kinds, jet);
         else if (high - low < taps)
-            renormalize(jet, low, high, taps, plan.stride, plan.kinds);
+            renormalize(jet, low, high, taps, plan.stride, kinds);
     }
 }
 
@@ -371,10 +386,23 @@ void multiply_outer(const Plan<T>& plan, const Windows<T>& w, const T* jets, T* 
     }
 }
 
-// The windows and weights of pixels [x, x + w.n) of row (z, y).
+// What the windows of a warp have in common, where the variance does not vary.
 template <class T>
-void prepare_block(const Plan<T>& plan, Worker<T>& worker, Index sample, Index step, Index z, Index y, Index x,
-                   Windows<T>& w) {
+void share(const GaussianWarp<T>& p, Index sample, Index step, Windows<T>& w) {
+    if (p.varies) return;
+    const T v = variance_of(p, sample, step), used = v >= 0 ? v : T(0);
+    const std::int32_t taps = static_cast<std::int32_t>(taps_of(p, used));
+    w.shared_marker = v >= 0 ? T(0) : static_cast<T>(__builtin_nan(""));
+    for (Index i = 0; i < block; ++i) {
+        w.variance[i] = used;
+        w.taps[i] = taps;
+    }
+}
+
+// The windows of pixels [x, x + w.n) of row (z, y).
+template <class T>
+PK_INLINE void locate_block(const Plan<T>& plan, const Worker<T>& worker, Index sample, Index step, Index z, Index y,
+                            Index x, Windows<T>& w) {
     const GaussianWarp<T>& p = *plan.p;
     const Index at = (z * p.size[1] + y) * p.size[2] + x;
     const T* const flow = p.flow + sample * p.flow_stride[0] + step * p.flow_stride[1] + at;
@@ -388,20 +416,49 @@ void prepare_block(const Plan<T>& plan, Worker<T>& worker, Index sample, Index s
             w.taps[i] = static_cast<std::int32_t>(taps_of(p, w.variance[i]));
         }
     } else {
-        const T v = variance_of(p, sample, step), used = v >= 0 ? v : T(0), marker = v >= 0 ? T(0) : nan;
-        const std::int32_t taps = static_cast<std::int32_t>(taps_of(p, used));
-        for (Index i = 0; i < block; ++i) {
-            w.marker[i] = marker;
-            w.variance[i] = used;
-            w.taps[i] = taps;
-        }
+        for (Index i = 0; i < block; ++i) w.marker[i] = w.shared_marker;
     }
-    for (Index i = 0; i < block; ++i) w.base[i] = 0;
     for (Index a = first_axis(p.ranks); a < 3; ++a) {
         locate(plan, table, a, a == 2 ? x : a == 1 ? y : z, a == 2 ? 1 : 0, flow + p.flow_axis[a], w);
-        weigh(plan, table, a, w, worker.jets + (a - first_axis(p.ranks)) * plan.axis);
     }
-    if (p.ranks == 3) multiply_outer(plan, w, worker.jets, worker.outer);
+}
+
+// Their weights.
+template <class T>
+void weigh_block(const Plan<T>& plan, const Worker<T>& worker, int kinds, const Windows<T>& w) {
+    const WeightTable<T>* const table = plan.tabulated && worker.table.pieces > 0 ? &worker.table : nullptr;
+    const Index outermost = first_axis(plan.p->ranks);
+    for (Index a = outermost; a < 3; ++a) weigh(plan, table, kinds, a, w, worker.jets + (a - outermost) * plan.axis);
+    if (plan.p->ranks == 3) multiply_outer(plan, w, worker.jets, worker.outer);
+}
+
+// Whether the windows of a whole block lie side by side, and where.
+template <class T>
+PK_INLINE bool side_by_side(const Plan<T>& plan, const Worker<T>& worker, bool finite, Windows<T>& w,
+                            SideBySide<T>& s) {
+    const GaussianWarp<T>& p = *plan.p;
+    if (!finite || p.ranks != 2 || p.varies || w.n < block) return false;
+    std::int32_t left[2], last[2];
+    for (int a = 0; a < 2; ++a) {
+        const std::int32_t* const at = w.at[2 - a];
+        std::int32_t least = at[0], most = at[0];
+        for (std::int32_t i = 1; i < block; ++i) {
+            const std::int32_t relative = a == 0 ? at[i] - i : at[i];
+            least = relative < least ? relative : least;
+            most = relative > most ? relative : most;
+        }
+        left[a] = least;
+        last[a] = most - least;
+        if (last[a] > most_spread) return false;
+        if (p.normalize == WarpNormalize::inside && p.padding == WarpPadding::zeros) {
+            const std::int32_t* const first = w.first[2 - a];
+            for (Index i = 0; i < block; ++i)
+                if (first[i] < 0 || first[i] + worker.table.taps > p.size[2 - a]) return false;
+        }
+        for (std::int32_t i = 0; i < block; ++i) w.shift[a][i] = static_cast<T>((a == 0 ? at[i] - i : at[i]) - least);
+    }
+    s = {left[0], left[1], last[0], last[1], w.offset[2], w.offset[1], w.shift[0], w.shift[1]};
+    return true;
 }
 
 // x in lanes [low, high), 0 in the others, whatever they hold.
@@ -476,16 +533,16 @@ PK_INLINE Vec<T> window_sum(const Plan<T>& plan, const T* padded, const Outer<T>
 // rows are read once, and the weights shifted to where each window is.
 template <class T, int taps>
 PK_INLINE Index group_end(const Windows<T>& w, Index i) {
-    const Index first = w.base[i];
+    const std::int32_t x = w.at[2][i], y = w.at[1][i];
     Index end = i + 1;
-    while (end < w.n && w.base[end] >= first && w.base[end] - first <= Vec<T>::lanes - taps) ++end;
+    while (end < w.n && w.at[1][end] == y && w.at[2][end] >= x && w.at[2][end] - x <= Vec<T>::lanes - taps) ++end;
     return end;
 }
 
 template <class T, int taps>
 void warp_groups(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& w, const T* padded, T* folded) {
     for (Index i = 0; i < w.n;) {
-        const Index end = group_end<T, taps>(w, i), first = w.base[i];
+        const Index end = group_end<T, taps>(w, i), left = w.at[2][i], first = w.at[1][i] * plan.row + left;
         Vec<T> rows[taps];
 #pragma GCC unroll 16
         for (int r = 0; r < taps; ++r) {
@@ -493,7 +550,7 @@ void warp_groups(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>&
             keep_in_register(rows[r]);
         }
         for (; i < end; ++i) {
-            const Index shift = w.base[i] - first;
+            const Index shift = w.at[2][i] - left;
             const T* const outer = worker.jets + i * plan.jet_size;
             Vec<T> column = Vec<T>(outer[0]) * rows[0];
 #pragma GCC unroll 16
@@ -516,36 +573,60 @@ void warp_block(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& 
         const Index taps = fixed > 0 ? fixed : w.taps[i];
         const Outer<T> outer = outer_weights(plan, worker, i, taps, &one);
         const T* const weights = worker.jets + i * plan.jet_size + inner;
-        store_folded(folded + i * parts, window_sum<T, fixed>(plan, padded + w.base[i], outer, weights, taps));
+        store_folded(folded + i * parts,
+                     window_sum<T, fixed>(plan, padded + window_base(plan, w, i), outer, weights, taps));
     }
     T sum[block] = {};
     add_folded(folded, w.n, sum);
     for (Index i = 0; i < w.n; ++i) out[i] = sum[i] + w.marker[i];
 }
 
-// Rows [begin, end) of a warp; `padded` holds its channels.
+// Calls run(std::integral_constant-like tag) for the numbers of taps that have kernels of their own.
+template <int n>
+struct Taps {
+    static constexpr int value = n;
+};
+template <class Run>
+PK_INLINE void with_taps(Index taps, const Run& run) {
+    switch (taps) {
+        case 3: return run(Taps<3>{});
+        case 5: return run(Taps<5>{});
+        case 7: return run(Taps<7>{});
+        case 9: return run(Taps<9>{});
+        default: return run(Taps<0>{});
+    }
+}
+
+// Rows [begin, end) of a warp; `padded` holds its channels, all finite or not.
 template <class T>
 void warp_rows(const Plan<T>& plan, Worker<T>& worker, Index sample, Index step, Index begin, Index end,
-               const T* padded) {
+               const T* padded, bool finite) {
     const GaussianWarp<T>& p = *plan.p;
     T* const frame = p.frames + (sample * p.steps + step) * p.channels * plan.pixels;
     const Index fixed = p.ranks == 2 && !p.varies && worker.table.pieces > 0 ? worker.table.taps : 0;
     Windows<T> w;
+    SideBySide<T> s;
+    share(p, sample, step, w);
     for (Index r = begin; r < end; ++r)
         for (Index x = 0; x < p.size[2]; x += block) {
             w.n = min(block, p.size[2] - x);
-            prepare_block(plan, worker, sample, step, r / p.size[1], r % p.size[1], x, w);
-            for (Index c = 0; c < p.channels; ++c) {
-                T* const out = frame + c * plan.pixels + r * p.size[2] + x;
-                const T* const channel = padded + c * plan.volume;
-                switch (fixed) {
-                    case 3: warp_block<T, 3>(plan, worker, w, channel, out); break;
-                    case 5: warp_block<T, 5>(plan, worker, w, channel, out); break;
-                    case 7: warp_block<T, 7>(plan, worker, w, channel, out); break;
-                    case 9: warp_block<T, 9>(plan, worker, w, channel, out); break;
-                    default: warp_block<T, 0>(plan, worker, w, channel, out);
+            T* const out = frame + r * p.size[2] + x;
+            locate_block(plan, worker, sample, step, r / p.size[1], r % p.size[1], x, w);
+            const bool neighbours = side_by_side(plan, worker, finite, w, s);
+            if (!neighbours) weigh_block(plan, worker, 1, w);
+            with_taps(fixed, [&](auto taps) {
+                constexpr int known = decltype(taps)::value;
+                if constexpr (known > 0 && known <= most_side_by_side_taps) {
+                    if (neighbours)
+                        return side_by_side_block<T, known>(
+                            worker.polynomials, s, block, padded, p.channels, plan.volume, plan.row,
+                            [&](Index c, Index i, Vec<T> sum) {
+                                (sum + Vec<T>::load(w.marker + i)).store(out + c * plan.pixels + i);
+                            });
                 }
-            }
+                for (Index c = 0; c < p.channels; ++c)
+                    warp_block<T, known>(plan, worker, w, padded + c * plan.volume, out + c * plan.pixels);
+            });
         }
 }
 
@@ -608,7 +689,7 @@ void groups_backward(const Plan<T>& plan, const Worker<T>& worker, const Windows
                      const T* grads, T (*folded)[block * folded_lanes<T>]) {
     const Vec<T> zero(T(0));
     for (Index i = 0; i < w.n;) {
-        const Index end = group_end<T, taps>(w, i), first = w.base[i];
+        const Index end = group_end<T, taps>(w, i), left = w.at[2][i], first = w.at[1][i] * plan.row + left;
         Vec<T> rows[taps], given[taps];
 #pragma GCC unroll 16
         for (int r = 0; r < taps; ++r) {
@@ -619,7 +700,7 @@ void groups_backward(const Plan<T>& plan, const Worker<T>& worker, const Windows
             given[r] = zero;
         }
         for (; i < end; ++i) {
-            const Index shift = w.base[i] - first;
+            const Index shift = w.at[2][i] - left;
             const T* const outer = worker.jets + i * plan.jet_size;
             const T* const inner = outer + plan.axis - shift;
             const Vec<T> weight = Vec<T>::load(inner) * Vec<T>(grads[i]);
@@ -665,10 +746,11 @@ void warp_block_backward(const Plan<T>& plan, const Worker<T>& worker, const Win
     for (Index i = grouped ? w.n : 0; i < w.n; ++i) {
         const Index taps = fixed > 0 ? fixed : w.taps[i];
         const Outer<T> outer = outer_weights(plan, worker, i, taps, &one);
+        const Index base = window_base(plan, w, i);
         T* const to[4] = {folded[0] + i * parts, folded[1] + i * parts, folded[2] + i * parts, folded[3] + i * parts};
-        window_backward<T, jets, by_variance, scatter, fixed>(
-            plan, padded + w.base[i], scatter ? scattered + w.base[i] : nullptr, outer,
-            worker.jets + i * plan.jet_size + inner, taps, grads[i], to);
+        window_backward<T, jets, by_variance, scatter, fixed>(plan, padded + base, scatter ? scattered + base : nullptr,
+                                                              outer, worker.jets + i * plan.jet_size + inner, taps,
+                                                              grads[i], to);
     }
     for (int k = 0; k < count; ++k) add_folded(folded[k], w.n, slopes.by[k]);
 }
@@ -722,27 +804,29 @@ void warp_rows_backward(const Plan<T>& plan, Worker<T>& worker, Index sample, In
     const Index frame = sample * p.steps + step, slopes_count = p.ranks + (plan.by_variance ? 1 : 0);
     const Index fixed = p.ranks == 2 && !p.varies && worker.table.pieces > 0 ? worker.table.taps : 0;
     Windows<T> w;
+    share(p, sample, step, w);
     for (Index r = begin; r < end; ++r) {
         double row_sum = 0;
         for (Index x = 0; x < p.size[2]; x += block) {
             const Index at = r * p.size[2] + x;
             w.n = min(block, p.size[2] - x);
-            prepare_block(plan, worker, sample, step, r / p.size[1], r % p.size[1], x, w);
+            locate_block(plan, worker, sample, step, r / p.size[1], r % p.size[1], x, w);
+            weigh_block(plan, worker, plan.kinds, w);
             Slopes<T> slopes;
             for (Index k = 0; k < slopes_count; ++k)
                 for (Index i = 0; i < block; ++i) slopes.by[k][i] = 0;
             for (Index c = 0; c < p.channels; ++c) {
                 T grads[block];
                 const T* const given = g.grads + (frame * p.channels + c) * plan.pixels + at;
-                for (Index i = 0; i < w.n; ++i) grads[i] = given[i];
-                if (carried != nullptr)
-                    for (Index i = 0; i < w.n; ++i) grads[i] += carried[c * plan.pixels + at + i];
-                for (Index i = 0; i < w.n; ++i) grads[i] = w.marker[i] == 0 ? grads[i] : T(0);
+                const T* const added = carried == nullptr ? nullptr : carried + c * plan.pixels + at;
+                for (Index i = 0; i < w.n; ++i) grads[i] = w.marker[i] == 0 ? given[i] : T(0);
+                if (added != nullptr)
+                    for (Index i = 0; i < w.n; ++i) grads[i] += w.marker[i] == 0 ? added[i] : T(0);
+                const T* const channel = padded + c * plan.volume;
                 if (plan.scatter)
-                    choose_jets<T, true>(plan, worker, w, fixed, padded + c * plan.volume, scattered + c * plan.volume,
-                                         grads, slopes);
+                    choose_jets<T, true>(plan, worker, w, fixed, channel, scattered + c * plan.volume, grads, slopes);
                 else
-                    choose_jets<T, false>(plan, worker, w, fixed, padded + c * plan.volume, nullptr, grads, slopes);
+                    choose_jets<T, false>(plan, worker, w, fixed, channel, nullptr, grads, slopes);
             }
             for (Index k = 0; k < slopes_count; ++k)
                 for (Index i = 0; i < w.n; ++i) slopes.by[k][i] = w.marker[i] == 0 ? slopes.by[k][i] : T(0);
@@ -793,6 +877,7 @@ struct Memory {
     Index row_sums_stride;
     Index sample, step;  // at hand, where they share
     const T* carried;
+    bool finite;
     Index rows_each;  // of a task, where they share
 };
 
@@ -824,7 +909,8 @@ void run_sample(const void* context, Index sample, int worker_index) {
     if (plan.g == nullptr) {
         for (Index step = 0; step < p.steps; ++step) {
             pad(step);
-            warp_rows(plan, worker, sample, step, 0, plan.rows, padded);
+            const bool finite = worker.polynomials.usable && all_finite(padded, p.channels * plan.volume);
+            warp_rows(plan, worker, sample, step, 0, plan.rows, padded, finite);
         }
         return;
     }
@@ -860,8 +946,9 @@ void run_rows(const void* context, Index task, int worker_index) {
     const Plan<T>& plan = *m.plan;
     Worker<T> worker = worker_at(m, worker_index);
     worker.table = worker_at(m, 0).table;
+    worker.polynomials = worker_at(m, 0).polynomials;
     const Index begin = task * m.rows_each, end = min(plan.rows, begin + m.rows_each);
-    if (plan.g == nullptr) return warp_rows(plan, worker, m.sample, m.step, begin, end, m.padded);
+    if (plan.g == nullptr) return warp_rows(plan, worker, m.sample, m.step, begin, end, m.padded, m.finite);
     const Index copy = plan.p->channels * plan.volume;
     T* const scattered = m.padded + (1 + task) * copy;
     if (plan.scatter) clear(scattered, copy);
@@ -915,6 +1002,8 @@ void run(const GaussianWarp<T>& p, const GaussianWarpGradients<T>* g) {
             m.step = g == nullptr ? i : p.steps - 1 - i;
             prepare_table(plan, worker_at(m, 0), m.sample, m.step);
             parallel_tasks(padded_tasks, threads, run_pad<T>, &m);
+            m.finite =
+                g == nullptr && worker_at(m, 0).polynomials.usable && all_finite(m.padded, p.channels * plan.volume);
             m.carried = plan.scatter && i > 0 ? image_gradient(plan, m.sample) : nullptr;
             if (plan.scatter) plan.parts = static_cast<int>(divide_up(plan.rows, m.rows_each));
             parallel_tasks(divide_up(plan.rows, m.rows_each), threads, run_rows<T>, &m);

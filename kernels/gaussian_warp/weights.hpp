@@ -162,6 +162,19 @@ PK_INLINE Index table_elements(Index pieces, Index width, int kinds) {
     return pieces * kinds * (WeightTable<T>::degree + 1) * width;
 }
 
+// The coefficients of the polynomial through `count` points, from the constant up. Overwrites the values.
+PK_INLINE void interpolate(const double* node, double* value, int count, double* power) {
+    for (int order = 1; order < count; ++order)
+        for (int n = count - 1; n >= order; --n) value[n] = (value[n] - value[n - 1]) / (node[n] - node[n - order]);
+    // Newton's form, expanded.
+    for (int n = 0; n < count; ++n) power[n] = 0;
+    power[0] = value[count - 1];
+    for (int n = count - 2; n >= 0; --n) {
+        for (int i = count - 1 - n; i > 0; --i) power[i] = power[i - 1] - node[n] * power[i];
+        power[0] = value[n] - node[n] * power[0];
+    }
+}
+
 // Fills `table` by interpolation at Chebyshev nodes, computed in double. `work` holds (degree + 2) * 3 * (width + 8) doubles.
 template <class T>
 void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, double variance, double* work) {
@@ -183,15 +196,8 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
             clear(out, nodes * table.width);
             for (Index j = 0; j < taps; ++j) {
                 for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + 2 * kind * wide + j];
-                for (int order = 1; order < nodes; ++order)
-                    for (int n = nodes - 1; n >= order; --n)
-                        differences[n] = (differences[n] - differences[n - 1]) / (node[n] - node[n - order]);
-                // Newton's form, expanded.
-                double power[nodes] = {differences[degree]};
-                for (int n = degree - 1; n >= 0; --n) {
-                    for (int i = degree - n; i > 0; --i) power[i] = power[i - 1] - node[n] * power[i];
-                    power[0] = differences[n] - node[n] * power[0];
-                }
+                double power[nodes];
+                interpolate(node, differences, nodes, power);
                 for (int n = 0; n < nodes; ++n) out[(degree - n) * table.width + j] = static_cast<T>(power[n]);
             }
         }

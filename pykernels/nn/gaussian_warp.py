@@ -29,8 +29,8 @@ class GaussianWarp(nn.Module):
         diffusivity: D in pixels squared per unit of time, of which the variance is 2 D dt.
         dt: the step, for the diffusivity.
         learnable: whether the variance is learned. It stays positive: the parameter is ``log_variance``, of shape ().
-        form, normalize, padding_mode, support, tolerance, max_support, units, align_corners, indexing,
-            backend: as there.
+        form, normalize, padding_mode, support, tolerance, max_support: as there.
+        units, align_corners, indexing, backend: as there.
         device, dtype: of the parameter.
 
     Shape:
