@@ -21,7 +21,7 @@ from gpu_cases import Case, Limits, judge, table, wrong_results
 from measure import machine
 
 #: One module for each family of operators, with a function ``cases`` that yields its benchmarks.
-FAMILIES = ("gpu_causal_conv", "gpu_latent_ode")
+FAMILIES = ("gpu_causal_conv", "gpu_latent_ode", "gpu_gaussian_warp")
 
 
 def elapsed(run: Callable[[], Any], calls: int) -> float:

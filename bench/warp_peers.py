@@ -2,8 +2,8 @@
 
 Some compute the Gaussian warp itself: as a separable einsum, as a sum over pairs of pixels by KeOps, and by a kernel of
 NVIDIA Warp with the same window. Others sample the same positions with another kernel, for which no exponential is due:
-bilinear by ``grid_sample``, its grid built from the flow, and cubic by torch-interpol. Each is checked in float64. Peers
-that are not installed are left out with a line that says so.
+bilinear by ``grid_sample``, its grid built from the flow, and cubic by torch-interpol. Each is checked in float64.
+Peers that are not installed are left out with a line that says so.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ template <std::size_t n>
 using Numbers = std::array<std::int64_t, n>;
 
 // Coordinates and displacements are 32-bit numbers in the kernels, and their sums must be too.
-constexpr std::int64_t largest_size = 1 << 29, most_taps = 1 << 20;
+constexpr std::int64_t largest_size = 1 << 28, most_taps = 1 << 20;
 
 // batch, channels, steps, size z, y, x, ranks, form, normalize, padding, support, radii, threads
 using Sizes = Numbers<13>;

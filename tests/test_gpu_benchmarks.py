@@ -86,6 +86,42 @@ def test_costs_of_trajectories_by_hand(trajectories):
     assert controlled.bytes_moved == 4 * (5 * 6 + 6 + 6 * 7 + 7 + 7 * 3 + 3 + 3 * 3 + 2 * 3 * 2 + 3 * 3 * 3)
 
 
+@pytest.fixture
+def warps(cases, monkeypatch) -> ModuleType:
+    import gpu_gaussian_warp
+
+    shape = (2, 1, 24, 16)
+    small = [gpu_gaussian_warp.Warp(shape, 2), gpu_gaussian_warp.Warp(shape, 3, steps=2)]
+    small.append(gpu_gaussian_warp.Warp(shape, 9, varying=True))
+    monkeypatch.setattr(gpu_gaussian_warp, "WARPS", small)
+    return gpu_gaussian_warp
+
+
+def test_warps_agree_with_float64(cases, warps, monkeypatch):
+    from cases import relative_error
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    found = list(warps.cases())
+    assert len({case.name for case in found}) == len(found) == 6
+    for case, results in zip(found, (1, 3) * 3, strict=True):
+        runs, expected = case.prepare("cpu")
+        assert len(expected) == results
+        assert list(runs) == ["pykernels", "eager", "compiled"][: 2 if "each pixel" in case.name else 3]
+        for name, run in runs.items():
+            errors = [relative_error(v, e) for v, e in zip(run(), expected, strict=True)]
+            assert cases.wrong_results({name: max(errors)}, case.dtype) == {}
+
+
+def test_costs_of_warps_by_hand(warps):
+    bilinear, both, _, _, varying, _ = warps.cases()
+    pixels = 2 * 24 * 16
+    assert bilinear.flops == 2 * 4 * pixels
+    assert both.flops == 4 * bilinear.flops
+    assert bilinear.bytes_moved == 4 * (1 + 2 + 1) * pixels
+    assert both.bytes_moved == 4 * (1 + 2 + 1 + 1 + 2 * 3) * pixels
+    assert varying.bytes_moved == 4 * (1 + 2 + 1 + 1) * pixels
+
+
 def test_judgement(cases):
     case = cases.Case("some case", torch.float32, flops=6_000, bytes_moved=1_000, prepare=lambda device: ({}, []))
     limits = cases.Limits(1e6, {torch.float32: 3e6})

@@ -12,7 +12,8 @@
 //      |. . . . . . . . .| row 1   *  w_y[1]       out  = sum over lanes of acc * w_x
 //
 // Where the variance is one number, the weights of all taps are polynomials of the sub-pixel offset, piece by piece, from a
-// table that is built once: a few multiply-adds give the weights of one axis, normalised. Else they are computed.
+// table that is built once: a few multiply-adds give the weights of one axis, normalised. Else they are computed. Windows of
+// neighbours that lie in the same rows share what is read of them (warp_groups), small ones as side_by_side.hpp says.
 //
 // Cost per pixel and channel: 2 K^R flops forward, 2 (2 + R) K^R with the gradients of flow and image; image, flow and frames
 // are read or written once.

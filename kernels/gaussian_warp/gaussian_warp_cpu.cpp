@@ -12,7 +12,7 @@
 PK_ISA_BEGIN
 namespace {
 
-constexpr Index block = 32;                // pixels whose weights are held at once
+constexpr Index block = 32;                // pixels whose weights are held at once; a multiple of all lanes
 constexpr Index rows_of_a_task = 8;        // where a sample is shared by several threads
 constexpr Index smallest_parallel = 4096;  // pixels; starting workers costs more than what is smaller
 constexpr double farthest = 1 << 30;       // displacements are cut off here
@@ -581,7 +581,7 @@ void warp_block(const Plan<T>& plan, const Worker<T>& worker, const Windows<T>& 
     for (Index i = 0; i < w.n; ++i) out[i] = sum[i] + w.marker[i];
 }
 
-// Calls run(std::integral_constant-like tag) for the numbers of taps that have kernels of their own.
+// Calls run with the number of taps as a type, 0 where there are no kernels for it.
 template <int n>
 struct Taps {
     static constexpr int value = n;

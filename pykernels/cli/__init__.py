@@ -1,4 +1,4 @@
-"""The command line: ``pykernels info | train | reproduce | table | encode | export``.
+"""The command line: ``pykernels info | train | reproduce | table | forecast | encode | export``.
 
 Exit status: 0, or 1 when a check fails, 2 for bad input (one line on stderr says what to do), 130 when interrupted.
 Results go to stdout, with ``--json`` as one JSON document and nothing else; progress goes to stderr.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pykernels
 from pykernels._errors import InputError, MissingExtraError
-from pykernels.cli import _info, _neural_ode, _trained, _usrl, _usrl_long
+from pykernels.cli import _advection_diffusion, _forecast, _info, _neural_ode, _trained, _usrl, _usrl_long
 from pykernels.cli._options import Parser
 
 
@@ -59,5 +59,7 @@ def _parser() -> Parser:
     _usrl.add(systems)
     _usrl_long.add(systems)
     _neural_ode.add(systems)
+    _advection_diffusion.add(systems)
+    _forecast.add(commands)
     _trained.add(commands)
     return parser

@@ -58,11 +58,30 @@ def integer(text: str, lowest: int, end: int) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    return integer(text, 0, 2**31)
+
+
 def positive_number(text: str) -> float:
     value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
+
+
+def number(text: str) -> float:
+    value = _number(text)
+    if not -float("inf") < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def years(text: str) -> list[int]:
+    """The first and the last year of ``"2006-2015"``, or of ``"2016"``, which is both."""
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"must be a year or two such as 2006-2015, got {text!r}")
+    both = [int(year) for year in text.split("-")]
+    return [both[0], both[-1]]
 
 
 def not_negative(text: str) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pykernels import _files, export
 from pykernels._errors import InputError, require
 from pykernels.cli._options import Parser, add_device, check_device
-from pykernels.models._run import CONFIG
+from pykernels.models._run import run_model
 
 if TYPE_CHECKING:
     from pykernels.models._usrl_checkpoint import SavedModel
@@ -50,14 +50,7 @@ def _open(path: Path, device: str = "cpu") -> SavedModel:
     require("sklearn", "scikit-learn", "models", "a trained model")
     from pykernels.models._usrl_checkpoint import SavedModel
 
-    if path.is_dir() and (path / CONFIG).is_file():
-        models = sorted(file.name for file in path.glob("model*.safetensors"))
-        if not models:
-            raise InputError(f"the run in {path} has no model yet; finish it with --resume {path}")
-        if len(models) > 1:
-            raise InputError(f"the run in {path} has several models; give the file of one of them: {', '.join(models)}")
-        path = path / models[0]
-    return SavedModel(path, device)
+    return SavedModel(run_model(path), device)
 
 
 def _encode(args: argparse.Namespace) -> int:

@@ -289,6 +289,22 @@ class Run:
         )
 
 
+def run_model(path: Path) -> Path:
+    """The file of a model, given by itself or by the folder of the run that left it.
+
+    Raises:
+        InputError: if the run has left none yet, or several.
+    """
+    if not (path.is_dir() and (path / CONFIG).is_file()):
+        return path
+    models = sorted(file.name for file in path.glob("model*.safetensors"))
+    if not models:
+        raise InputError(f"the run in {path} has no model yet; finish it with --resume {path}")
+    if len(models) > 1:
+        raise InputError(f"the run in {path} has several models; give the file of one of them: {', '.join(models)}")
+    return path / models[0]
+
+
 def _locked(folder: Path) -> int:
     """A descriptor of the folder that keeps other processes out until it is closed."""
     with ExitStack() as stack:

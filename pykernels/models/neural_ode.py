@@ -18,8 +18,6 @@ Checkpoints need safetensors (the extra ``models``).
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -31,7 +29,8 @@ from torch import Tensor, nn
 
 from pykernels._errors import InputError
 from pykernels.models import _checkpoint
-from pykernels.models._checkpoint import damage_named, part
+from pykernels.models._checkpoint import damage_named
+from pykernels.models._training import DTYPES, AdamTraining
 from pykernels.nn import MLPField
 from pykernels.ops import odeint
 from pykernels.ops.latent_ode.tableaux import TABLEAUX
@@ -41,7 +40,6 @@ __all__ = ["NeuralODE", "NeuralODETraining", "log_mse", "train_neural_ode"]
 Array: TypeAlias = npt.NDArray[Any]
 
 MODEL, TRAINING = "neural_ode.model", "neural_ode.training"
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class NeuralODE(nn.Module):
@@ -172,7 +170,7 @@ class NeuralODE(nn.Module):
         return model.to(device)
 
 
-class NeuralODETraining:
+class NeuralODETraining(AdamTraining[NeuralODE]):
     """The training of a model on observed trajectories, step by step, which can be saved and continued.
 
     A training restored from the :meth:`state` of another one goes on as that one would, bit for bit. When it is done,
@@ -192,7 +190,6 @@ class NeuralODETraining:
         steps_done: how many steps are done.
         seconds: the time they took, with the validations.
         validations: the steps after which the model was validated, and its errors then.
-        validation_loss: the last one, None before the first.
         best_step: of the weights with the smallest validation error so far.
     """
 
@@ -208,168 +205,40 @@ class NeuralODETraining:
         validate_every: int = 100,
         patience: int | None = 10,
     ) -> None:
-        for name, value in (("n_steps", n_steps), ("validate_every", validate_every), ("patience", patience)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if not 0 < learning_rate < math.inf:
-            raise InputError(f"learning_rate must be positive, got {learning_rate!r}")
+        super().__init__(
+            model, n_steps=n_steps, learning_rate=learning_rate, validate_every=validate_every, patience=patience
+        )
         times = np.asarray(times, dtype=np.float64)
         _check_times(times)
         self._like = next(model.parameters())
         self._times = _since_first(times).to(self._like)
-        self._states = self._prepared("states", states, model)
-        self._validation = None if validation is None else self._prepared("validation", validation, model)
-        self.model = model
-        self.n_steps = n_steps
-        self.learning_rate = learning_rate
-        self.validate_every = validate_every
-        self.patience = patience
-        self.steps_done = 0
-        self.seconds = 0.0
-        self.validations: list[tuple[int, float]] = []
-        self.best_step = 0
-        self._best = _copies(model)
-        self._losses = np.zeros(n_steps)
-        self._optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+        self._states = self._prepared("states", states)
+        self._validated = None if validation is None else self._prepared("validation", validation)
 
-    def _prepared(self, name: str, states: npt.ArrayLike, model: NeuralODE) -> Tensor:
+    def _prepared(self, name: str, states: npt.ArrayLike) -> Tensor:
         """The states, time first: (T, N, D)."""
         array = np.asarray(states, dtype=np.float64)
-        shape = (len(self._times), model.options["n_features"])
+        shape = (len(self._times), self.model.options["n_features"])
         if array.ndim != 3 or array.shape[1:] != shape or not len(array):
             raise InputError(f"{name} must have shape (N, {shape[0]}, {shape[1]}), N at least 1, got {array.shape}")
         _check_finite(name, array)
         return torch.as_tensor(array).transpose(0, 1).contiguous().to(self._like)
 
-    @property
-    def done(self) -> bool:
-        return self.steps_done >= self.n_steps or self.stopped_early
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether there have been too many validations without a new best."""
-        since = sum(step > self.best_step for step, _ in self.validations)
-        return self.patience is not None and since >= self.patience
-
-    @property
-    def losses(self) -> npt.NDArray[np.float64]:
-        """The loss of each step done."""
-        return self._losses[: self.steps_done].copy()
-
-    @property
-    def validation_loss(self) -> float | None:
-        return self.validations[-1][1] if self.validations else None
-
-    def step(self) -> float:
-        """Do one step and return its loss, the mean squared error before it.
-
-        Raises:
-            FloatingPointError: if a trajectory or the loss is not finite.
-            RuntimeError: if the training is done.
-        """
-        if self.done:
-            raise RuntimeError(f"this training is done, after {self.steps_done} steps")
-        start = time.perf_counter()
-        try:
-            loss = self._descend()
-            if self._validation is not None and (
-                self.steps_done % self.validate_every == 0 or self.steps_done == self.n_steps
-            ):
-                self._validate(self._validation)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"the training diverges at step {self.steps_done + 1}: {error}; use a smaller learning_rate"
-            ) from error
-        self.seconds += time.perf_counter() - start
-        return loss
-
-    def _descend(self) -> float:
-        self._optimizer.zero_grad()
-        loss = self._loss(self._states)
-        loss.backward()
-        self._optimizer.step()
-        value = _finite(loss)
-        self._losses[self.steps_done] = value
-        self.steps_done += 1
-        return value
-
-    def _loss(self, states: Tensor) -> Tensor:
+    def _error(self, states: Tensor) -> Tensor:
         return nn.functional.mse_loss(self.model(states[0], self._times), states)
 
-    def _validate(self, validation: Tensor) -> None:
-        with torch.no_grad():
-            value = _finite(self._loss(validation))
-        if not self.validations or value < min(error for _, error in self.validations):
-            self.best_step = self.steps_done
-            self._best = _copies(self.model)
-        self.validations.append((self.steps_done, value))
-        if self.done:
-            self.model.load_state_dict(self._best)
+    def _loss(self) -> Tensor:
+        return self._error(self._states)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that :meth:`restore` needs in a training made with the same arguments.
-
-        Returns:
-            Copies of the tensors (``model.*``, the weights, ``best.*``, those of the best validation, and ``adam.*``,
-            the moments and steps of the optimiser), and values that JSON can hold.
-        """
-        tensors = {f"model.{name}": tensor for name, tensor in _copies(self.model).items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
-        for name, parameter in self.model.named_parameters():
-            for key, tensor in self._optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = tensor.clone()
-        values = {
-            "settings": self._settings(),
-            "steps_done": self.steps_done,
-            "seconds": self.seconds,
-            "losses": self.losses.tolist(),
-            "validations": self.validations,
-            "best_step": self.best_step,
-        }
-        return tensors, values
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state`, which may have been through a file.
-
-        Raises:
-            InputError: if it is not the state of a training like this one, which is then left as it was.
-        """
-        settings, expected = values.get("settings"), self._settings()
-        if settings != expected:
-            raise InputError(f"the saved training has other settings: {settings}, where this one has {expected}")
-        shapes = {
-            f"{prefix}.{name}": tensor.shape
-            for prefix in ("model", "best")
-            for name, tensor in self.model.state_dict().items()
-        }
-        if values["steps_done"]:
-            for name, parameter in self.model.named_parameters():
-                shapes |= {f"adam.{name}.{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
-                shapes[f"adam.{name}.step"] = torch.Size()
-        if wrong := {name for name in shapes if name not in tensors or tensors[name].shape != shapes[name]}:
-            raise InputError(f"the saved training has no fitting tensors {', '.join(sorted(wrong))}")
-
-        self.model.load_state_dict(part(tensors, "model."))
-        self._best = {name: tensor.to(self._like, copy=True) for name, tensor in part(tensors, "best.").items()}
-        self._optimizer.state.clear()
-        for name, parameter in self.model.named_parameters():
-            if f"adam.{name}.step" in shapes:
-                self._optimizer.state[parameter] = {
-                    key: tensors[f"adam.{name}.{key}"].to(parameter.device, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        self.steps_done = values["steps_done"]
-        self.seconds = values["seconds"]
-        self._losses[: self.steps_done] = values["losses"]
-        self.validations = [(step, error) for step, error in values["validations"]]
-        self.best_step = values["best_step"]
+    def _validation(self) -> Tensor | None:
+        return None if self._validated is None else self._error(self._validated)
 
     def _settings(self) -> dict[str, Any]:
         return {
             "model": self.model.options,
             "times": self._times.tolist(),
             "trajectories": self._states.shape[1],
-            "validation": None if self._validation is None else self._validation.shape[1],
+            "validation": None if self._validated is None else self._validated.shape[1],
             "n_steps": self.n_steps,
             "learning_rate": self.learning_rate,
             "validate_every": self.validate_every,
@@ -411,17 +280,6 @@ def log_mse(predicted: npt.ArrayLike, states: npt.ArrayLike) -> float:
     if predicted.shape != states.shape:
         raise InputError(f"predicted and states must have the same shape, got {predicted.shape} and {states.shape}")
     return float(np.log(np.square(predicted - states).mean()))
-
-
-def _finite(loss: Tensor) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value}")
-    return value
-
-
-def _copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _since_first(times: Array) -> Tensor:

@@ -18,6 +18,12 @@ Universite):
 
 - ``neural_ode.csv``: natural logarithm of the test mean squared error over 40 observations, mean and standard deviation
   over runs, and the relative error of the physical parameters where a model has any.
+
+Forecasts of sea surface temperature. Source: de Bezenac, Pajot and Gallinari, "Deep learning for physical processes:
+incorporating prior scientific knowledge", ICLR 2018, as in the thesis of E. de Bezenac (Sorbonne Universite):
+
+- ``advection_diffusion.csv``: test mean squared error over six days of normalised images, and seconds for a forecast on
+  a GPU (the first row's: on a CPU). The data are not public, and the unit of the errors is not given.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ __all__ = [
     "published_accuracy",
     "published_forecast",
     "published_regression",
+    "published_sea_surface",
     "published_sparse_labels",
 ]
 
@@ -165,6 +172,18 @@ def published_forecast(model: str, system: str = "pendulum") -> tuple[float, flo
     for row in _rows("neural_ode"):
         if (row["system"], row["model"]) == (system, model):
             return float(row["log_mse"]), float(row["log_mse_std"])
+    return None
+
+
+def published_sea_surface(model: str) -> tuple[float, float] | None:
+    """Mean squared error and seconds of a model that forecasts sea surface temperature; None where there is none.
+
+    Args:
+        model: for example ``"Gaussian warp, regularised"``, ``"Gaussian warp"`` or ``"direct prediction"``.
+    """
+    for row in _rows("advection_diffusion"):
+        if row["model"] == model:
+            return float(row["mse"]), float(row["seconds"])
     return None
 
 

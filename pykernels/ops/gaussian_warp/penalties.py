@@ -132,6 +132,7 @@ _OPERATOR = register(
             "reference": Implementation(reference.penalties, lambda *args: YES, lambda: YES),
         },
         check=_check,
+        path="one pass",
         cost=penalties_op.cost,
     )
 )

@@ -363,6 +363,7 @@ _OPERATOR = register(
             "reference": Implementation(reference.warp, lambda *args: YES, lambda: YES),
         },
         check=_check,
+        path="whole warps",
         cost=lambda tensors, options: cost.forward(*tensors, *options, None),
     )
 )
