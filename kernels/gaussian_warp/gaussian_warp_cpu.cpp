@@ -123,7 +123,7 @@ Plan<T> make_plan(const GaussianWarp<T>& p, const GaussianWarpGradients<T>* g) {
     plan.jets = !gathers ? (g == nullptr ? 1 : 0) : p.ranks + (plan.by_variance && p.ranks > 1 ? 1 : 0);
     const Index pieces = most_table_pieces(p);
     plan.tabulated = pieces > 0;
-    plan.table_size = aligned<T>(table_elements<T>(pieces, plan.width, plan.by_variance ? 2 : 1));
+    plan.table_size = aligned<T>(table_elements<T>(pieces, plan.width, table_kinds<T>(plan.kinds)));
     plan.stride = plan.width + lanes;
     plan.axis = plan.kinds * plan.stride;
     plan.jet_size = p.ranks * plan.axis;
@@ -144,7 +144,7 @@ template <class T>
 void make_worker(const Plan<T>& plan, char* memory) {
     Worker<T>& w = *reinterpret_cast<Worker<T>*>(memory);
     T* at = reinterpret_cast<T*>(memory + aligned<char>(sizeof(Worker<T>)));
-    w.table = {0, 0, plan.width, plan.by_variance ? 2 : 1, at};
+    w.table = {0, 0, plan.width, table_kinds<T>(plan.kinds), at};
     w.built_for = -1;
     at += plan.table_size;
     clear(at, block * plan.jet_size);

@@ -157,16 +157,23 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
     }
 }
 
-// Weights as polynomials of f on `pieces` equal intervals of its range, and after them their derivatives by the variance, if
-// these are asked for: (piece, kind, coefficient, lane), in the variable u = (f - middle of the piece) / its length, from the
-// highest power to the constant. The derivative by f is that of the polynomial.
+// Jets as polynomials of f on `pieces` equal intervals of its range: (piece, kind, coefficient, lane), in the variable
+// u = (f - middle of the piece) / its length, from the highest power to the constant. In float the derivative by f is that of
+// the polynomial; in double it has one of its own, since differences of rounded weights have lost digits.
 template <class T>
 struct WeightTable {
     static constexpr int degree = sizeof(T) == 4 ? 4 : 8;
+    static constexpr bool own_slope = sizeof(T) == 8;
     Index pieces, taps, width;
-    int kinds;  // 1, or 2 with the derivative by the variance
+    int kinds;  // of polynomials
     T* coefficients;
 };
+
+// Polynomials for a jet of so many kinds.
+template <class T>
+PK_INLINE int table_kinds(int kinds) {
+    return WeightTable<T>::own_slope || kinds == 1 ? kinds : kinds - 1;
+}
 
 // A polynomial of a Gaussian on an interval of length h is off by its slope times h / 2, (d h / 2 v)^(n+1) / (2^n (n+1)!)
 // relative at the outermost tap: with this many pieces 5e-9 in float and 1e-15 in double, the derivative 3e-7 and 1e-13.
@@ -211,14 +218,14 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
     for (Index piece = 0; piece < table.pieces; ++piece) {
         for (int n = 0; n < nodes; ++n) {
             const double f = origin + (static_cast<double>(piece) + 0.5 + node[n]) / static_cast<double>(table.pieces);
-            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, wide, 2 * table.kinds - 1,
-                                     work + n * jet);
+            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, wide, 3, work + n * jet);
         }
         for (int kind = 0; kind < table.kinds; ++kind) {
+            const int which = kind > 0 && !WeightTable<T>::own_slope ? kind + 1 : kind;
             T* const out = table.coefficients + (piece * table.kinds + kind) * nodes * table.width;
             clear(out, nodes * table.width);
             for (Index j = 0; j < taps; ++j) {
-                for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + 2 * kind * wide + j];
+                for (int n = 0; n < nodes; ++n) differences[n] = work[n * jet + which * wide + j];
                 double power[nodes];
                 interpolate(node, differences, nodes, power);
                 for (int n = 0; n < nodes; ++n) out[(degree - n) * table.width + j] = static_cast<T>(power[n]);
@@ -227,30 +234,42 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
     }
 }
 
+// The polynomial whose coefficients are `each` elements apart, at u.
+template <class T>
+PK_INLINE Vec<T> polynomial_at(const T* c, Index each, Vec<T> u) {
+    Vec<T> sum = Vec<T>::load(c);
+#pragma GCC unroll 16
+    for (int n = 1; n <= WeightTable<T>::degree; ++n) sum = sum * u + Vec<T>::load(c + n * each);
+    return sum;
+}
+
 // The jet at u in a piece. `fixed`: the width, where it is known.
 template <class T, int kinds, int fixed>
 PK_INLINE void tabulated_weights(const WeightTable<T>& table, Index piece, T u, Index stride, T* jet) {
     constexpr int degree = WeightTable<T>::degree, lanes = Vec<T>::lanes;
     const Index width = fixed > 0 ? fixed : table.width, each = (degree + 1) * width;
-    const T* const c = table.coefficients + piece * (kinds > 2 ? 2 : 1) * each;
+    const T* const c = table.coefficients + piece * table_kinds<T>(kinds) * each;
     const Vec<T> at(u);
     for (Index j = 0; j < width; j += lanes) {
         const T* const p = c + j;
-        Vec<T> w = Vec<T>::load(p), slope = w;
-        w = w * at + Vec<T>::load(p + width);
+        if constexpr (kinds > 1 && WeightTable<T>::own_slope) {
+            polynomial_at(p, width, at).store(jet + j);
+            polynomial_at(p + each, width, at).store(jet + stride + j);
+        } else if constexpr (kinds > 1) {
+            Vec<T> w = Vec<T>::load(p), slope = w;
+            w = w * at + Vec<T>::load(p + width);
 #pragma GCC unroll 16
-        for (int n = 2; n <= degree; ++n) {
-            if constexpr (kinds > 1) slope = slope * at + w;
-            w = w * at + Vec<T>::load(p + n * width);
+            for (int n = 2; n <= degree; ++n) {
+                slope = slope * at + w;
+                w = w * at + Vec<T>::load(p + n * width);
+            }
+            w.store(jet + j);
+            (slope * Vec<T>(static_cast<T>(table.pieces))).store(jet + stride + j);
+        } else {
+            polynomial_at(p, width, at).store(jet + j);
         }
-        w.store(jet + j);
-        if constexpr (kinds > 1) (slope * Vec<T>(static_cast<T>(table.pieces))).store(jet + stride + j);
-        if constexpr (kinds > 2) {
-            Vec<T> by_variance = Vec<T>::load(p + each);
-#pragma GCC unroll 16
-            for (int n = 1; n <= degree; ++n) by_variance = by_variance * at + Vec<T>::load(p + each + n * width);
-            by_variance.store(jet + 2 * stride + j);
-        }
+        if constexpr (kinds > 2)
+            polynomial_at(p + (table_kinds<T>(kinds) - 1) * each, width, at).store(jet + 2 * stride + j);
     }
 }
 
