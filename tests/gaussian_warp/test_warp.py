@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pykernels
 from pykernels import gaussian_warp, gaussian_warp_rollout
 
 from .warps import (
@@ -42,6 +43,17 @@ FEW = [
     Problem((6, 34), form="linear", padding_mode="border"),
 ]
 each_few = pytest.mark.parametrize("problem", FEW, ids=str)
+
+
+each_runner = pytest.mark.parametrize("runner", [*pykernels.cpu_capabilities(), "reference"])
+
+
+def use(runner: str) -> str:
+    """The backend of a CPU capability, which is set, or the reference."""
+    if runner == "reference":
+        return runner
+    pykernels.set_cpu_capability(runner)
+    return "cpu"
 
 
 def check_float64(problem: Problem) -> None:
@@ -283,11 +295,12 @@ def test_far_away(sizes, padding_mode, dtype, capability):
             assert (actual["frames"][gone] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_runner
 @pytest.mark.parametrize("variance", ["number", "scalar", "pixels"])
 @pytest.mark.parametrize("sizes", [(33,), (5, 34), (2, 3, 4)], ids=str)
-def test_nan_in_the_flow(sizes, variance, backend, capability):
+def test_nan_in_the_flow(sizes, variance, runner):
     """That pixel is NaN, nothing else is, and no gradient passes it."""
+    backend = use(runner)
     for padding_mode, form in itertools.product(PADDING_MODES, FORMS):
         problem = Problem(sizes, variance=variance, padding_mode=padding_mode, form=form)
         tensors, grad = problem.tensors(), problem.grad()
@@ -304,11 +317,12 @@ def test_nan_in_the_flow(sizes, variance, backend, capability):
         assert (actual["flows"][pixel.expand_as(broken)] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_runner
 @pytest.mark.parametrize("value", [NAN, -1.0, -1e-30, -INF])
 @pytest.mark.parametrize("sizes", [(33,), (5, 34), (2, 3, 4)], ids=str)
-def test_broken_variances(sizes, value, backend, capability):
+def test_broken_variances(sizes, value, runner):
     """As a NaN in the flow; negative ones are found where they are looked for."""
+    backend = use(runner)
     for normalize, support in itertools.product(NORMALIZE, (None, 3)):
         problem = Problem(sizes, variance="pixels", normalize=normalize, support=support)
         tensors, grad = problem.tensors(), problem.grad()
@@ -331,9 +345,10 @@ def test_broken_variances(sizes, value, backend, capability):
             assert problem.run(tensors | {"variance": everywhere}, backend, validate=False).isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_nan_in_the_image(backend, capability):
+@each_runner
+def test_nan_in_the_image(runner):
     """Reaches the pixels whose windows hold it, and no others."""
+    backend = use(runner)
     image = torch.zeros(1, 1, 9, 40, dtype=torch.float64)
     image[..., 4, 20] = NAN
     flow = torch.zeros(1, 2, 9, 40, dtype=torch.float64)
@@ -450,6 +465,8 @@ modes = itertools.cycle(("zeros", "border", "reflection", "periodic"))
 motions = itertools.cycle((0.5, 4.0, 300.0, 1e9))
 for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float32, torch.float64)):
     pykernels.set_cpu_capability(name)
+    if dtype == torch.float64 and name != pykernels.cpu_capabilities()[-1]:
+        continue  # once in float64 will do
     for sizes, batch, steps, threads, support in [
         ((1,), 1, 1, 1, 3), ((33,), 2, 2, 1, 9), ((17,), 1, 1, 1, 33), ((5, 31), 3, 1, 1, None),
         ((33, 65), 1, 1, 1, None), ((9, 8), 1, 3, 1, 3), ((65, 66), 1, 1, 3, 5), ((64, 70), 1, 2, 2, 9),
@@ -481,7 +498,7 @@ for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float3
             del image, flows, leaves, out, grads, gradients
             variance = None
             kept.clear()
-assert made > 300, made
+assert made > 200, made
 print("done")
 """
 
