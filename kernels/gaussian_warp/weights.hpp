@@ -210,6 +210,7 @@ template <class T>
 void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, double variance, double* work) {
     constexpr int degree = WeightTable<T>::degree, nodes = degree + 1;
     const Index taps = table.taps, wide = divide_up(taps, Vec<double>::lanes) * Vec<double>::lanes;
+    const int computed = WeightTable<T>::own_slope || table.kinds == 1 ? table.kinds : table.kinds + 1;
     const double origin = taps % 2 == 1 ? -0.5 : 0.0;
     double node[nodes];
     for (int n = 0; n < nodes; ++n) node[n] = 0.5 * __builtin_cos(3.14159265358979323846 * (n + 0.5) / nodes);
@@ -218,7 +219,8 @@ void build_table(WeightTable<T>& table, WarpForm form, WarpNormalize normalize, 
     for (Index piece = 0; piece < table.pieces; ++piece) {
         for (int n = 0; n < nodes; ++n) {
             const double f = origin + (static_cast<double>(piece) + 0.5 + node[n]) / static_cast<double>(table.pieces);
-            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, wide, 3, work + n * jet);
+            computed_weights<double>(form, {normalize, 0, taps}, variance, f, taps, wide, wide, computed,
+                                     work + n * jet);
         }
         for (int kind = 0; kind < table.kinds; ++kind) {
             const int which = kind > 0 && !WeightTable<T>::own_slope ? kind + 1 : kind;

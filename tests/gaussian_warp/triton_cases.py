@@ -125,6 +125,8 @@ WIDTHS = [
     Mode((5, 6), normalize="none", support=None, variance="map", max_support=4),
     Mode((5, 6), normalize="none", support=None, variance="map", max_support=1),
     Mode((5, 6), support=None, variance=0.0),
+    Mode((5, 6), support=4, variance=0.0, normalize="inside"),
+    Mode((5, 6), form="density", support=4, variance=1e-40),
     Mode((37,), support=None, variance="map", normalize="none", odd=True),
     Mode((37,), support=15, variance="shared", padding_mode="reflection", steps=2, batch=2),
     Mode((37,), support=8, variance="map", form="density", normalize="inside", odd=True, channels=3),

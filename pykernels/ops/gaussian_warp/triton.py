@@ -90,6 +90,12 @@ def variance_of(variance, value, n, exists, SHARED: tl.constexpr, ACC: tl.conste
 
 
 @triton.jit
+def nearest_offset(rest):
+    """Of the pixel nearest to a centre: an even window's second may be."""
+    return tl.where(rest >= 0.5, 1, 0)
+
+
+@triton.jit
 def radius_of(v, limits, limit_count, search_steps, INDEX: tl.constexpr):
     """The radius 1 + (how many limits v exceeds), 0 for variance 0."""
     low = (v * 0.0).to(INDEX)
@@ -214,7 +220,8 @@ def window_of(
                 total += tl.where(counted, w, 0.0)
                 by_position += tl.where(counted, p, 0.0)
                 by_variance += tl.where(counted, q, 0.0)
-        total = tl.where(positive, total, tl.where((low <= 0) & (high >= 0), 1.0, 0.0))
+        at = nearest_offset(rest)
+        total = tl.where(positive, total, tl.where((low <= at) & (high >= at), 1.0, 0.0))
         inverse = 1.0 / tl.where(total > 0, total, 1.0)
     return pixel, rest, read_low, read_high, low, high, nearest, inverse, by_position, by_variance, size, stride
 
@@ -280,7 +287,7 @@ def tap_between(
     if FORM != "linear":
         counted = (offset >= low) & (offset <= high)
         # At variance 0 every form is the nearest pixel.
-        w = tl.where(counted, tl.where(positive, w, tl.where(offset == 0, 1.0, 0.0)), 0.0) * inverse
+        w = tl.where(counted, tl.where(positive, w, tl.where(offset == nearest_offset(rest), 1.0, 0.0)), 0.0) * inverse
         p = tl.where(counted & positive, (p - w * by_position) * inverse, 0.0)
         q = tl.where(counted & positive, (q - w * by_variance) * inverse, 0.0)
     read = (offset >= read_low) & (offset <= read_high)
@@ -527,7 +534,9 @@ def pixels_of(
         dz = displacement(flow, 2 if XY else 0, pixels, n, exists, scale_z, ACC)
     v = variance_of(variance, value, n, exists, SHARED, ACC)
     valid = exists & (dx == dx) & (dy == dy) & (dz == dz) & (v >= 0)  # neither NaN nor negative
-    positive = valid & (v > 0)
+    # Below, the inverse square of a variance would overflow; the result is the nearest pixel long before.
+    negligible = 1.0842021724855044e-19 if v.dtype == tl.float32 else 1.4916681462400413e-154
+    positive = valid & (v > negligible)
     v = tl.where(positive, v, 1.0)
     gauss = (v, 1.0 / tl.sqrt(2.0 * v), positive)
     high = n * 0 + last

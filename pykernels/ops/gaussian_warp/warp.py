@@ -70,7 +70,8 @@ def gaussian_warp(
             ``tolerance`` asks for, pixel by pixel where the variance varies.
         tolerance: the mass that the window may leave out, at the worst position of its centre. No jump of the result,
             where a window moves on by a pixel, exceeds it, relative to the image's range (for ``"inside"``: where at
-            least a tenth of the mass is inside the image).
+            least a tenth of the mass is inside the image, and not for the raw density at variances below 0.2, whose
+            weights do not sum to 1).
         max_support: bounds the taps per axis where ``support`` is None; wider windows are cut off there.
         units: of the flow: ``"pixels"``, or ``"normalized"`` to [-1, 1] across the image as in ``grid_sample``; then
             ``align_corners`` must be given: one pixel is 2 / (S - 1) if it is True and 2 / S if not.

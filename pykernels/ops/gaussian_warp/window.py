@@ -33,9 +33,13 @@ def _neglected(radius: int, deviation: float) -> float:
     return (math.erfc(radius * scale) + math.erfc((radius + 1) * scale)) / 2
 
 
-@lru_cache(maxsize=64)
 def largest_variances(axis_tolerance: float, radii: int) -> tuple[float, ...]:
     """The largest variance for which each radius 1, 2, ..., ``radii`` is enough, increasing."""
+    return _largest_variances(axis_tolerance, radii)
+
+
+@lru_cache(maxsize=64)
+def _largest_variances(axis_tolerance: float, radii: int) -> tuple[float, ...]:
     variances = []
     for radius in range(1, radii + 1):
         low, high = 0.0, 4.0 * (radius + 1)
@@ -50,3 +54,8 @@ def radius(variance: float, axis_tolerance: float, most: int) -> int:
     if variance <= 0 or most == 0:
         return 0
     return 1 + bisect_left(largest_variances(axis_tolerance, most)[:-1], variance)
+
+
+# As by torch.compiler.assume_constant_result, which imports the whole compiler, and need not see into the searches.
+for _function in (largest_variances, radius):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
