@@ -60,9 +60,8 @@ def bench_warp(
         v = variance.to(image.dtype) if isinstance(variance, Tensor) else variance
         return pykernels.gaussian_warp(image, flow, v, support=support)
 
-    slow = shape[2] <= 64 and shape[0] <= 4
-    ways = {"pykernels": ours, **warp_peers.peers(VARIANCE, support, shape[1], backward, slow)}
-    if varying:
+    ways = {"pykernels": ours, **warp_peers.peers(VARIANCE, support, shape, backward)}
+    if varying or rough:
         ways = {name: ways[name] for name in ("pykernels", "bilinear grid_sample")}
     errors = {}
     for name, warp in ways.items():

@@ -162,17 +162,18 @@ def cubic(image: Tensor, flow: Tensor) -> Tensor:
     return interpol.grid_pull(image, torch.stack([y, x], -1), interpolation=3, bound="zero", prefilter=False)
 
 
-def peers(variance: float, support: int | None, channels: int, backward: bool, slow: bool) -> dict[str, Warp]:
-    """By name, those that are installed and can do it; ``slow`` adds those whose work grows with the pixels squared."""
+def peers(variance: float, support: int | None, shape: tuple[int, int, int, int], backward: bool) -> dict[str, Warp]:
+    """By name, those that are installed and can do it, in a time that bears repeating."""
+    batch, channels, height, _ = shape
     found: dict[str, Warp] = {"bilinear grid_sample": bilinear}
     taps = 2 * radius(variance, axis_tolerance(1e-4, 2, "window", "zeros"), 127) + 1 if support is None else support
     if channels == 1 and support is None and not backward:
         found["warp-lang"] = nvidia_warp(variance, taps)
     if not backward:
         found["cubic torch-interpol"] = cubic
-    if slow and support is None:
+    if height <= 64 and support is None:
         found["separable einsum"] = einsum(variance)
-        if not backward:
+        if batch <= 4 and not backward:
             found["pykeops"] = keops(variance)
     tiny = torch.ones(1, channels, 4, 4)
     for name in list(found):

@@ -29,20 +29,35 @@ PK_INLINE Vec<T> select_between(Vec<T> x, Index low, Index high, Vec<T> yes, Vec
 
 template <class T>
 PK_INLINE T sum_lanes(Vec<T> x) {
-    T lane[Vec<T>::lanes], sum = 0;
-    x.store(lane);
-    for (int i = 0; i < Vec<T>::lanes; ++i) sum += lane[i];
+    T part[folded_lanes<T>], sum = 0;
+    store_folded(part, x);
+    for (int i = 0; i < folded_lanes<T>; ++i) sum += part[i];
     return sum;
 }
 
-// (erf(high) - erf(low)) / 2 for low < high, without cancellation in the tails.
+// x moved down by a lane, where `last` takes the last one's place; that becomes the first lane of x.
 template <class T>
-PK_INLINE Vec<T> gaussian_mass(Vec<T> low, Vec<T> high) {
-    const Vec<T> zero(T(0)), one(T(1)), half(T(0.5));
-    const Vec<T> a = erfc_of_positive(copysign(low, one)) * half, b = erfc_of_positive(copysign(high, one)) * half;
-    const Vec<T> around = (one - a) - b;
-    const Vec<T> above = select_le(low, zero, around, a - b);
-    return select_le(zero, high, above, b - a);
+PK_INLINE Vec<T> next_lane(Vec<T> x, T& last) {
+    T lane[Vec<T>::lanes + 1];
+    x.store(lane);
+    lane[Vec<T>::lanes] = last;
+    last = lane[0];
+    return Vec<T>::load(lane + 1);
+}
+
+// erfc(|x|) / 2.
+template <class T>
+PK_INLINE Vec<T> gaussian_tail(Vec<T> x) {
+    return erfc_of_positive(copysign(x, Vec<T>(T(1)))) * Vec<T>(T(0.5));
+}
+
+// (erf(high) - erf(low)) / 2 for low < high from their tails, without cancellation where these are small.
+template <class T>
+PK_INLINE Vec<T> gaussian_mass(Vec<T> low, Vec<T> high, Vec<T> tail_of_low, Vec<T> tail_of_high) {
+    const Vec<T> zero(T(0));
+    const Vec<T> around = (Vec<T>(T(1)) - tail_of_low) - tail_of_high;
+    const Vec<T> above = select_le(low, zero, around, tail_of_low - tail_of_high);
+    return select_le(zero, high, above, tail_of_high - tail_of_low);
 }
 
 // What normalisation divides by, and what it does not count.
@@ -71,7 +86,7 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
     // Of a density, relative to the tap that is nearest and counts, so that small variances do not underflow.
     T closest = 0;
     const bool normalized = counted.normalize != WarpNormalize::none;
-    if (normalized) {
+    if (normalized && form == WarpForm::density) {
         T best = static_cast<T>(low) + first - f;
         for (Index j = low + 1; j < high; ++j) {
             const T d = static_cast<T>(j) + first - f;
@@ -80,7 +95,14 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
         closest = best;
     }
     Vec<T> sum = zero, sum_f = zero, sum_v = zero;
-    for (Index j = 0; j < width; j += lanes) {
+    // The upper edge of a tap is the lower one of the next: from the last to the first, their values are passed on.
+    T next_tail = 0, next_density = 0;
+    if (form == WarpForm::integrated && taps == width) {
+        const Vec<T> edge((static_cast<T>(taps) + first - f - T(0.5)) * scale);
+        next_lane(gaussian_tail(edge), next_tail);
+        next_lane(exp(zero - edge * edge) * Vec<T>(inverse_sqrt_pi), next_density);
+    }
+    for (Index j = width - lanes; j >= 0; j -= lanes) {
         const Vec<T> tap = count_from(static_cast<T>(j)), d = tap + Vec<T>(first) - Vec<T>(f);
         Vec<T> w, by_f, by_v;
         if (nearest) {
@@ -92,10 +114,11 @@ PK_INLINE void computed_weights(WarpForm form, Counted counted, T variance, T f,
             by_v = zero;
         } else if (form == WarpForm::integrated) {
             const Vec<T> a = (d - Vec<T>(T(0.5))) * Vec<T>(scale), b = (d + Vec<T>(T(0.5))) * Vec<T>(scale);
-            w = gaussian_mass(a, b);
+            const Vec<T> tail_of_a = gaussian_tail(a);
+            w = gaussian_mass(a, b, tail_of_a, next_lane(tail_of_a, next_tail));
             if (kinds > 1) {
                 const Vec<T> at_a = exp(zero - a * a) * Vec<T>(inverse_sqrt_pi);
-                const Vec<T> at_b = exp(zero - b * b) * Vec<T>(inverse_sqrt_pi);
+                const Vec<T> at_b = next_lane(at_a, next_density);
                 by_f = (at_a - at_b) * Vec<T>(scale);
                 by_v = (a * at_a - b * at_b) * Vec<T>(T(0.5) * inverse);
             }

@@ -53,7 +53,7 @@ def _arguments(tensors: Tensors, options: Options, frames: Tensor | None) -> tup
     image = plain(tensors.image)
     if image.shape[-1] > 1 and image.stride(-1) != 1:
         image = image.contiguous()
-    flow = _rows(tensors.flow, 3)
+    flow = _rows(tensors.flow, 2)  # the kernels find the channels of its gradient where those of the flow are
     variance = None if tensors.variance is None else _rows(tensors.variance, 3)
     varies = variance is not None and variance.numel() > 0 and any(n > 1 for n in variance.shape[3:])
     missing = 3 - ranks

@@ -88,7 +88,7 @@ def warp(tensors: Tensors, options: Options) -> Tensor:
         v = None if variance is None else variance[:, step if variance.shape[1] > 1 else 0, 0]
         image = _warp(image, flow[:, step], v, options)
         frames.append(image)
-    return torch.stack(frames, 1) if frames else image.new_empty((*flow.shape[:2], *image.shape[1:]))
+    return torch.stack(frames, 1) if frames else image.unsqueeze(1)[:, :0]
 
 
 def _warp(image: Tensor, flow: Tensor, variance: Tensor | None, options: Options) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -295,7 +296,7 @@ def _check_variance(
     if not isinstance(variance, Tensor):
         if isinstance(variance, bool) or not isinstance(variance, (int, float)):
             raise TypeError(f"variance must be a number or a tensor, got {type(variance).__name__}")
-        if not 0 <= variance < math.inf:
+        if not 0 <= variance <= sys.float_info.max:
             raise ValueError(f"variance must be at least 0 and finite, in pixels squared, got {variance}")
         return None, float(variance)
     if not variance.dtype.is_floating_point:
@@ -310,7 +311,7 @@ def _check_variance(
         wanted = f"(B, 1, *S), here {full}" if not timed else f"(B, T, 1, *S), here {full}"
         raise ValueError(f"variance must broadcast to {wanted}, got {tuple(shape)}")
     if reads_values and variance.numel() > 0:
-        smallest = variance.detach().nan_to_num(0.0).min().item()
+        smallest = variance.detach().nan_to_num(0.0, math.inf, -math.inf).min().item()
         if smallest < 0:
             raise ValueError(f"variance must be at least 0, in pixels squared, got {smallest}")
     variance = variance.reshape(padded) if timed else variance.reshape(padded).unsqueeze(1)
