@@ -290,12 +290,14 @@ def flow_scores(flow: Array, truth: Array, counted: Array | None = None) -> dict
 def forecast_seconds(
     model: AdvectionDiffusionForecaster, frames: Array, steps: int = HORIZON, *, repeats: int = 20
 ) -> float:
-    """Mean time of a forecast of these frames (B, inputs, H, W), after one that does not count."""
+    """Median time of a forecast of these frames (B, inputs, H, W), after one that does not count."""
     model.predict(frames, steps)
-    start = time.perf_counter()
+    times = []
     for _ in range(repeats):
+        start = time.perf_counter()
         model.predict(frames, steps)
-    return (time.perf_counter() - start) / repeats
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def forecast_table(results: Iterable[Mapping[str, Any]]) -> str:
