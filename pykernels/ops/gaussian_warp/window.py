@@ -58,4 +58,4 @@ def radius(variance: float, axis_tolerance: float, most: int) -> int:
 
 # As by torch.compiler.assume_constant_result, which imports the whole compiler, and need not see into the searches.
 for _function in (largest_variances, radius):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  (mypy knows no such attribute)
