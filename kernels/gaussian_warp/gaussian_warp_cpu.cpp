@@ -432,32 +432,37 @@ void weigh_block(const Plan<T>& plan, const Worker<T>& worker, int kinds, const 
     if (plan.p->ranks == 3) multiply_outer(plan, w, worker.jets, worker.outer);
 }
 
-// Whether the windows of a whole block lie side by side, and where.
+// Whether the windows of all vectors of a block lie side by side, and where: s holds one entry for each vector.
 template <class T>
 PK_INLINE bool side_by_side(const Plan<T>& plan, const Worker<T>& worker, bool finite, Windows<T>& w,
-                            SideBySide<T>& s) {
+                            SideBySide<T>* s) {
+    constexpr std::int32_t lanes = Vec<T>::lanes;
     const GaussianWarp<T>& p = *plan.p;
     if (!finite || p.ranks != 2 || p.varies || w.n < block) return false;
-    std::int32_t left[2], last[2];
-    for (int a = 0; a < 2; ++a) {
-        const std::int32_t* const at = w.at[2 - a];
-        std::int32_t least = at[0], most = at[0];
-        for (std::int32_t i = 1; i < block; ++i) {
-            const std::int32_t relative = a == 0 ? at[i] - i : at[i];
-            least = relative < least ? relative : least;
-            most = relative > most ? relative : most;
+    for (std::int32_t v = 0; v < block; v += lanes) {
+        std::int32_t start[2], spread[2];
+        for (int a = 0; a < 2; ++a) {
+            const std::int32_t* const at = w.at[2 - a] + v;
+            const std::int32_t step = a == 0 ? 1 : 0;
+            std::int32_t least = at[0], most = at[0];
+            for (std::int32_t i = 1; i < lanes; ++i) {
+                const std::int32_t relative = at[i] - i * step;
+                least = relative < least ? relative : least;
+                most = relative > most ? relative : most;
+            }
+            start[a] = least;
+            spread[a] = most - least;
+            if (spread[a] > most_spread) return false;
+            if (p.normalize == WarpNormalize::inside && p.padding == WarpPadding::zeros) {
+                const std::int32_t* const first = w.first[2 - a] + v;
+                for (std::int32_t i = 0; i < lanes; ++i)
+                    if (first[i] < 0 || first[i] + worker.table.taps > p.size[2 - a]) return false;
+            }
+            for (std::int32_t i = 0; i < lanes; ++i) w.shift[a][v + i] = static_cast<T>(at[i] - i * step - least);
         }
-        left[a] = least;
-        last[a] = most - least;
-        if (last[a] > most_spread) return false;
-        if (p.normalize == WarpNormalize::inside && p.padding == WarpPadding::zeros) {
-            const std::int32_t* const first = w.first[2 - a];
-            for (Index i = 0; i < block; ++i)
-                if (first[i] < 0 || first[i] + worker.table.taps > p.size[2 - a]) return false;
-        }
-        for (std::int32_t i = 0; i < block; ++i) w.shift[a][i] = static_cast<T>((a == 0 ? at[i] - i : at[i]) - least);
+        s[v / lanes] = {start[0],        start[1],        spread[0],      spread[1],
+                        w.offset[2] + v, w.offset[1] + v, w.shift[0] + v, w.shift[1] + v};
     }
-    s = {left[0], left[1], last[0], last[1], w.offset[2], w.offset[1], w.shift[0], w.shift[1]};
     return true;
 }
 
@@ -605,7 +610,7 @@ void warp_rows(const Plan<T>& plan, Worker<T>& worker, Index sample, Index step,
     T* const frame = p.frames + (sample * p.steps + step) * p.channels * plan.pixels;
     const Index fixed = p.ranks == 2 && !p.varies && worker.table.pieces > 0 ? worker.table.taps : 0;
     Windows<T> w;
-    SideBySide<T> s;
+    SideBySide<T> s[block / Vec<T>::lanes];
     share(p, sample, step, w);
     for (Index r = begin; r < end; ++r)
         for (Index x = 0; x < p.size[2]; x += block) {
@@ -617,12 +622,15 @@ void warp_rows(const Plan<T>& plan, Worker<T>& worker, Index sample, Index step,
             with_taps(fixed, [&](auto taps) {
                 constexpr int known = decltype(taps)::value;
                 if constexpr (known > 0 && known <= most_side_by_side_taps) {
-                    if (neighbours)
-                        return side_by_side_block<T, known>(
-                            worker.polynomials, s, block, padded, p.channels, plan.volume, plan.row,
-                            [&](Index c, Index i, Vec<T> sum) {
-                                (sum + Vec<T>::load(w.marker + i)).store(out + c * plan.pixels + i);
-                            });
+                    if (neighbours) {
+                        for (Index i = 0; i < block; i += Vec<T>::lanes)
+                            side_by_side_vector<T, known>(
+                                worker.polynomials, s[i / Vec<T>::lanes], padded, p.channels, plan.volume, plan.row,
+                                [&](Index c, Vec<T> sum) {
+                                    (sum + Vec<T>::load(w.marker + i)).store(out + c * plan.pixels + i);
+                                });
+                        return;
+                    }
                 }
                 for (Index c = 0; c < p.channels; ++c)
                     warp_block<T, known>(plan, worker, w, padded + c * plan.volume, out + c * plan.pixels);

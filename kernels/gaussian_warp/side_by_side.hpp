@@ -96,7 +96,7 @@ PK_INLINE void move_along(const Vec<T>* weight, Vec<T> shift, Vec<T>* moved) {
     }
 }
 
-// Where the windows of a block lie.
+// Where the windows of a vector of pixels lie.
 template <class T>
 struct SideBySide {
     Index left, top;  // in the padded image: the window of pixel i is at left + i + shift_x[i], top + shift_y[i]
@@ -105,18 +105,18 @@ struct SideBySide {
     const T *shift_x, *shift_y;
 };
 
-// Sums over the windows of pixels [i, i + lanes); hands that of each channel to take(channel, i, sum).
+// Sums over the windows; hands that of each channel to take(channel, sum).
 template <class T, int taps, int spread, class Take>
-PK_INLINE void side_by_side_sums(const WeightPolynomials<T>& p, const SideBySide<T>& s, Index i, const T* padded,
-                                 Index channels, Index channel_stride, Index row, const Take& take) {
+PK_INLINE void side_by_side_sums(const WeightPolynomials<T>& p, const SideBySide<T>& s, const T* padded, Index channels,
+                                 Index channel_stride, Index row, const Take& take) {
     const Vec<T> zero(T(0));
     Vec<T> weight[taps], x[taps + spread], y[taps + most_spread];
-    evaluate<T, taps>(p, Vec<T>::load(s.f_y + i), weight);
-    move_along<T, taps, most_spread>(weight, Vec<T>::load(s.shift_y + i), y);
-    evaluate<T, taps>(p, Vec<T>::load(s.f_x + i), weight);
-    move_along<T, taps, spread>(weight, Vec<T>::load(s.shift_x + i), x);
+    evaluate<T, taps>(p, Vec<T>::load(s.f_y), weight);
+    move_along<T, taps, most_spread>(weight, Vec<T>::load(s.shift_y), y);
+    evaluate<T, taps>(p, Vec<T>::load(s.f_x), weight);
+    move_along<T, taps, spread>(weight, Vec<T>::load(s.shift_x), x);
     for (Index c = 0; c < channels; ++c) {
-        const T* at = padded + c * channel_stride + s.top * row + s.left + i;
+        const T* at = padded + c * channel_stride + s.top * row + s.left;
         Vec<T> sum = zero;
         for (Index r = 0; r < taps + s.spread_y; ++r, at += row) {
             Vec<T> along = zero;
@@ -124,22 +124,19 @@ PK_INLINE void side_by_side_sums(const WeightPolynomials<T>& p, const SideBySide
             for (int l = 0; l < taps + spread; ++l) along = along + x[l] * Vec<T>::load(at + l);
             sum = sum + y[r] * along;
         }
-        take(c, i, sum);
+        take(c, sum);
     }
 }
 
-// The same for all pixels of a block of `n`, a multiple of the lanes.
 template <class T, int taps, class Take>
-PK_INLINE void side_by_side_block(const WeightPolynomials<T>& p, const SideBySide<T>& s, Index n, const T* padded,
-                                  Index channels, Index channel_stride, Index row, const Take& take) {
-    for (Index i = 0; i < n; i += Vec<T>::lanes) {
-        if (s.spread_x == 0)
-            side_by_side_sums<T, taps, 0>(p, s, i, padded, channels, channel_stride, row, take);
-        else if (s.spread_x == 1)
-            side_by_side_sums<T, taps, 1>(p, s, i, padded, channels, channel_stride, row, take);
-        else
-            side_by_side_sums<T, taps, 2>(p, s, i, padded, channels, channel_stride, row, take);
-    }
+PK_INLINE void side_by_side_vector(const WeightPolynomials<T>& p, const SideBySide<T>& s, const T* padded,
+                                   Index channels, Index channel_stride, Index row, const Take& take) {
+    if (s.spread_x == 0)
+        side_by_side_sums<T, taps, 0>(p, s, padded, channels, channel_stride, row, take);
+    else if (s.spread_x == 1)
+        side_by_side_sums<T, taps, 1>(p, s, padded, channels, channel_stride, row, take);
+    else
+        side_by_side_sums<T, taps, 2>(p, s, padded, channels, channel_stride, row, take);
 }
 
 template <class T>
