@@ -39,7 +39,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     cases = {name: case for name, case in report["cases"].items() if "share_of_gemm" in case}
     figure, axes = plt.subplots(figsize=(10, 0.36 * len(cases) + 1.7), layout="constrained")
     labelled: set[str] = set()
-    slowest = 1.0
+    fastest = slowest = 1.0
     for row, case in enumerate(cases.values()):
         ours = case["contenders"]["pykernels"]["median_s"]
         for name, (color, marker, size) in STYLES.items():
@@ -47,7 +47,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 continue
             result = case["contenders"][name]
             low, high = (quartile / ours for quartile in result["quartiles_s"])
-            slowest = max(slowest, high)
+            fastest, slowest = min(fastest, low), max(slowest, high)
             axes.plot([low, high], [row, row], color=color, linewidth=1.5, zorder=2)
             label = None if name in labelled else name
             labelled.add(name)
@@ -55,12 +55,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     if slowest > LOGARITHMIC_FROM:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlim(0.7, slowest * 1.3)
+        axes.set_xlim(min(0.7, fastest / 1.3), slowest * 1.3)
     else:
         axes.set_xlim(0, None)
     for row, case in enumerate(cases.values()):
         ours = case["contenders"]["pykernels"]["median_s"]
-        text = f"{case['speedup']:4.1f}x {ours * 1e3:6.2f} ms {case['share_of_gemm']:4.0%}"
+        digits = 1 if case["speedup"] >= 0.95 else 2
+        text = f"{case['speedup']:4.{digits}f}x {ours * 1e3:6.2f} ms {case['share_of_gemm']:4.0%}"
         _beside(axes, row, text, family="monospace")
     _beside(axes, -1.0, "faster    time       of GEMM", style="italic")
     axes.set_ylim(len(cases) - 0.4, -0.7)
