@@ -9,21 +9,13 @@
 #include <stdexcept>
 #include <vector>
 
+#include "arguments.hpp"
 #include "common/parallel.hpp"
 #include "latent_ode/combine.hpp"
 
 namespace py = pybind11;
 
 namespace {
-
-using Addresses = std::vector<std::uintptr_t>;
-
-template <class T>
-std::vector<T*> pointers(const Addresses& addresses) {
-    std::vector<T*> result;
-    for (const std::uintptr_t address : addresses) result.push_back(reinterpret_cast<T*>(address));
-    return result;
-}
 
 void check(const Addresses& arrays, const std::vector<double>& coefficients, std::int64_t n) {
     if (arrays.empty() || arrays.size() != coefficients.size() || n < 0)

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "arguments.hpp"
 #include "common/parallel.hpp"
 #include "gaussian_warp/flow_penalties.hpp"
 
@@ -19,7 +20,6 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
 using Coefficients = std::array<double, 3>;  // of divergence, magnitude, smoothness
 
 template <class T>

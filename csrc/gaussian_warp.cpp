@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "arguments.hpp"
 #include "common/parallel.hpp"
 #include "gaussian_warp/gaussian_warp.hpp"
 
@@ -16,7 +17,6 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
 template <std::size_t n>
 using Numbers = std::array<std::int64_t, n>;
 
@@ -29,17 +29,6 @@ using Sizes = Numbers<13>;
 using Strides = Numbers<11>;
 // largest variances, image, flow, variance, frames
 using Arrays = std::array<Address, 5>;
-
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-template <class Enum>
-Enum enumerator(std::int64_t code, Enum last) {
-    if (code < 0 || code > static_cast<std::int64_t>(last)) throw std::invalid_argument("unknown code");
-    return static_cast<Enum>(code);
-}
 
 template <class T>
 pk::GaussianWarp<T> problem(const Sizes& sizes, const Strides& strides, const Arrays& arrays, double value,

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.hpp"
 #include "common/isa.hpp"
 #include "common/parallel.hpp"
 #include "latent_ode/mlp_odeint.hpp"
@@ -19,9 +20,6 @@
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
-using Addresses = std::vector<Address>;
 
 // Widths of the layers, sets, weights, biases, slopes, and where the gradients of these three go (0: nowhere).
 using NetworkRecord =
@@ -36,24 +34,6 @@ using GradientArrays = std::array<Address, 7>;
 // Elements in front of the tape: the number of threads and the capability that it was written with, on which its layout
 // depends.
 constexpr std::int64_t header = 16;
-
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-std::vector<T*> pointers(const Addresses& addresses) {
-    std::vector<T*> result;
-    for (const Address address : addresses) result.push_back(pointer<T>(address));
-    return result;
-}
-
-template <class Enum>
-Enum enumerator(std::int64_t code, Enum last) {
-    if (code < 0 || code > static_cast<std::int64_t>(last)) throw std::invalid_argument("unknown code");
-    return static_cast<Enum>(code);
-}
 
 pk::RungeKutta runge_kutta(const std::vector<double>& c, const std::vector<std::vector<double>>& a,
                            const std::vector<double>& b) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import pykernels
-from pykernels._errors import InputError
 from pykernels.backends import BACKENDS
 from pykernels.cli._info import cpu_name
-from pykernels.cli._job import Job, result_file
+from pykernels.cli._job import Job, print_table
 from pykernels.cli._options import (
     Parser,
     add_run_options,
@@ -376,16 +374,7 @@ def _table(args: argparse.Namespace) -> int:
     """Print the test errors of runs of ``reproduce advection-diffusion``, as a table in Markdown."""
     from pykernels.models.advection_diffusion_protocols import forecast_table
 
-    results = []
-    for path in map(result_file, args.runs):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            forecast_table([result])
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is no result of pykernels reproduce advection-diffusion ({error!r})") from error
-        results.append(result)
-    print(forecast_table(results), end="")
-    return 0
+    return print_table(args.runs, forecast_table, "reproduce advection-diffusion")
 
 
 def _line(title: str, scores: dict[str, Any]) -> str:

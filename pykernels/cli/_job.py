@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +118,17 @@ def result_file(path: Path) -> Path:
         resume = f"; finish it with --resume {path}" if (path / _run.CONFIG).is_file() else ""
         raise InputError(f"{path} has no {_run.RESULT}{resume}")
     return path / _run.RESULT if path.is_dir() else path
+
+
+def print_table(runs: Sequence[Path], table: Callable[[list[Any]], str], command: str) -> int:
+    """Print the table of the results of ``pykernels <command>`` in these runs."""
+    results = []
+    for path in map(result_file, runs):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            table([result])
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is no result of pykernels {command} ({error!r})") from error
+        results.append(result)
+    print(table(results), end="")
+    return 0
