@@ -117,14 +117,10 @@ def error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 
 def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], message: object = "") -> None:
-    """To 1e-12, and gradients to 1e-11; of the flow to 1e-10.
-
-    Its gradient is the derivative of piecewise polynomials, in which the rounding of their coefficients grows with the
-    number of pieces, up to 256.
-    """
+    """To 1e-12, and gradients to 1e-11."""
     assert actual.keys() == expected.keys()
     for name, e in expected.items():
-        bound = {"frames": 1e-12, "flows": 1e-10}.get(name, 1e-11)
+        bound = 1e-12 if name == "frames" else 1e-11
         found = error([actual[name]], [e])
         assert found <= bound, f"{message}: {name} is off by {found:.1e}"
 
