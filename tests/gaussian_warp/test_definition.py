@@ -243,6 +243,7 @@ def test_diffusion_variance(backend):
     options = {"form": "density", "normalize": "none", "tolerance": 1e-14, "backend": backend}
     twice = gaussian_warp_rollout(image, torch.stack([flow, flow], 1), diffusion_variance(0.75, 2.0), **options)[:, 1]
     once = gaussian_warp(image, 2 * flow, diffusion_variance(0.75, 4.0), **options)
+    # Sums over pixels stand for integrals: off by exp(-2 pi^2 v), with variances that add up, and by the tolerance.
     torch.testing.assert_close(twice, once, rtol=0, atol=1e-11)
 
 
@@ -360,6 +361,7 @@ def test_normalized_units(align_corners, backend):
     flow = pixels * 2 / lengths.view(2, 1, 1)
     options = {"units": "normalized", "align_corners": align_corners, "backend": backend}
     expected = gaussian_warp(image, pixels, 0.5, backend=backend)
+    # The flow is rounded on its way to the other units and back.
     torch.testing.assert_close(gaussian_warp(image, flow, 0.5, **options), expected, rtol=1e-11, atol=1e-12)
     swapped = gaussian_warp(image, flow.flip(1), 0.5, indexing="ij", **options)
     torch.testing.assert_close(swapped, expected, rtol=1e-11, atol=1e-12)
