@@ -2,9 +2,10 @@
 
     pip install 'jax==0.4.30' 'jaxlib==0.4.30' 'numpy<2' frozendict && pip install --no-deps neural-tangents==0.6.5
 
-Started with the name of the data type it computes in. Reads requests from stdin and answers each with a line on stdout, both JSON: ``problem``, a file with arrays x, y and
-perhaps a, which is loaded and computed once, its results written to the file ``results``; or ``repeats``, how often to
-compute it again, answered by the seconds of each. Ends with its input. XLA takes as many threads as there are cores.
+Started with the name of the data type it computes in. Reads requests from stdin and answers each with a line on
+stdout, both JSON: ``problem``, a file with arrays x and perhaps y and a, which is loaded and computed once, its results
+written to the file ``results``; or ``repeats``, how often to compute it again, answered by the seconds of each. Ends
+with its input. XLA takes as many threads as there are cores.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from contenders import lazy_tensor
 from measure import Contender
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Network(NamedTuple):
 
 
 def _relu(norm: Any, c: Any) -> tuple[Any, Any]:
-    """E[relu(u) relu(v)] and E[relu'(u) relu'(v)], where norm is the product of the standard deviations, c covariance."""
+    """E[relu(u) relu(v)] and E[relu'(u) relu'(v)] from the product of the standard deviations and the covariance."""
     cosine = (c / norm).clamp(-1, 1)
     rest = math.pi - cosine.acos()
     return norm * ((1 - cosine * cosine).sqrt() + rest * cosine) / (2 * math.pi), rest / (2 * math.pi)
@@ -90,14 +91,23 @@ def textbook(network: Network, x: Tensor, y: Tensor) -> Tensor:
 
 def keops_matvec(network: Network, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """The product of the same formula with v (M, p), without the matrix."""
-    from pykeops.torch import LazyTensor
-
-    rows, columns = (x[:, None, :], y[None, :, :])
-    norms_x = [LazyTensor(norm[:, None, :].contiguous()) for norm in _norms(network, x)]
-    norms_y = [LazyTensor(norm[None, :, :].contiguous()) for norm in _norms(network, y)]
-    products = (LazyTensor(rows.contiguous()) * LazyTensor(columns.contiguous())).sum(-1)
+    lazy = lazy_tensor()
+    norms_x = [lazy(norm.unsqueeze(1)) for norm in _norms(network, x)]
+    norms_y = [lazy(norm.unsqueeze(0)) for norm in _norms(network, y)]
+    products = (lazy(x.unsqueeze(1)) * lazy(y.unsqueeze(0))).sum(-1)
     c = products * (network.weight_std**2 / x.shape[1]) + network.bias_std**2
-    return _recursion(network, norms_x, norms_y, c) @ v
+    result: Tensor = _recursion(network, norms_x, norms_y, c) @ v
+    return result
+
+
+def block_matvec(network: Network, x: Tensor, y: Tensor, v: Tensor, rows: int = 2000) -> Tensor:
+    """The same by compiled matrices of some rows at a time."""
+    return torch.cat([_block(network, block, y, v) for block in x.split(rows)])
+
+
+@torch.compile(dynamic=False)
+def _block(network: Network, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    return textbook(network, x, y) @ v
 
 
 def witness(network: Network, x: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
