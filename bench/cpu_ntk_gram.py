@@ -172,10 +172,10 @@ def accuracy() -> list[dict[str, Any]]:
     """Largest |K32 - K64| / sqrt(K(x, x) K(y, y)) on the same float32 points, by kind of pair, for ours and others."""
     found = []
     with neural_tangents() as worker:
-        for d, depth, (weight_std, bias_std) in itertools.product(
-            (2, 16, 784), (1, 3, 10), ((1.0, 0.0), (1.0, 1.0), (2**0.5, 0.0))
+        for activation, d, depth, (weight_std, bias_std) in itertools.product(
+            ("relu", "erf"), (2, 16, 784), (1, 3, 10), ((1.0, 0.0), (1.0, 1.0), (2**0.5, 0.0))
         ):
-            network = Network(depth, "relu", weight_std, bias_std)
+            network = Network(depth, activation, weight_std, bias_std)
             torch.manual_seed(0)
             x = torch.randn(32, d)
             others = {
@@ -196,9 +196,7 @@ def accuracy() -> list[dict[str, Any]]:
                 own = error.view(32, -1, 32).diagonal(dim1=0, dim2=2).amax(1)
                 errors[name] = dict(zip(others, own.tolist(), strict=True))
                 errors[name]["random"] = max(errors[name]["random"], float(error.view(32, -1, 32)[:, 0].max()))
-            found.append(
-                {"d": d, "depth": depth, "weight_std": weight_std, "bias_std": bias_std, "largest_error": errors}
-            )
+            found.append({"d": d, **network._asdict(), "largest_error": errors})
     return found
 
 
@@ -227,10 +225,10 @@ def extras(only: str) -> dict[str, Any]:
         )
     if only in "accuracy":
         found["accuracy"] = rows = accuracy()
-        for name in rows[0]["largest_error"]:
-            kinds = rows[0]["largest_error"][name]
-            worst = ", ".join(f"{kind} {max(row['largest_error'][name][kind] for row in rows):.1e}" for kind in kinds)
-            print(f"largest errors of {name} in float32: {worst}")
+        for activation, name in itertools.product(("relu", "erf"), rows[0]["largest_error"]):
+            errors = [row["largest_error"][name] for row in rows if row["activation"] == activation]
+            worst = ", ".join(f"{kind} {max(error[kind] for error in errors):.1e}" for kind in errors[0])
+            print(f"largest errors of {name} in float32, {activation}: {worst}")
     if only in "call overhead":
         found["call_overhead_s"] = {"pykernels": _overhead()}
         print(f"call overhead: {found['call_overhead_s']['pykernels'] * 1e6:.1f} us")
