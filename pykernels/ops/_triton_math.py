@@ -163,3 +163,97 @@ def error_functions(z):
             )
         )
     return tl.where(small, erf, 1.0 - erfc), tl.where(small, 1.0 - erf, erfc), power
+
+
+@triton.jit
+def angle_of(h):
+    """For h = sin(theta / 2)^2 from 0 to 1/2: theta = 2 sqrt(h) A(h), and sin theta - theta cos theta = 2 h sqrt(h) B(h).
+
+    sqrt(h), A and B, within 2e-8 and 2e-16 of themselves: polynomials found by interpolation at Chebyshev's points, the
+    second one without the cancellation of its definition.
+    """
+    if h.dtype == tl.float64:
+        angle = polynomial(
+            h,
+            (
+                0.99999999999999993,
+                0.16666666666676199,
+                0.07499999997954958,
+                0.044642858876352924,
+                0.030381867203474289,
+                0.022374245713577248,
+                0.017315599544316181,
+                0.014425198539078434,
+                0.0074446285203378357,
+                0.036758418154366294,
+                -0.12408231204352452,
+                0.49500658782191681,
+                -1.3361380175788322,
+                2.7333279687155094,
+                -3.9742320066255512,
+                3.9651660247789385,
+                -2.4213345116985455,
+                0.70527350732446059,
+            ),
+        )
+        excess = polynomial(
+            h,
+            (
+                1.3333333333333333,
+                0.13333333333334071,
+                0.042857142855561053,
+                0.01984126997538724,
+                0.011047973819713819,
+                0.0068839028410148274,
+                0.0046245240124302041,
+                0.0033215467566209025,
+                0.0021131214880823335,
+                0.0039576533068629277,
+                -0.0088523677593582965,
+                0.039200197377767068,
+                -0.10397122300928494,
+                0.21454873761093943,
+                -0.31229446643630443,
+                0.31349899006843279,
+                -0.19244609536278637,
+                0.056830662962230181,
+            ),
+        )
+    else:
+        angle = polynomial(
+            h,
+            (
+                1.000000002,
+                0.1666661424,
+                0.07502757316,
+                0.04409161673,
+                0.03581423928,
+                -0.007020579152,
+                0.1074000213,
+                -0.1359162712,
+                0.1239134949,
+            ),
+        )
+        excess = polynomial(
+            h,
+            (
+                1.333333331,
+                0.1333338185,
+                0.0428370909,
+                0.02015223075,
+                0.008727805972,
+                0.0159874239,
+                -0.01399879421,
+                0.02030760938,
+            ),
+        )
+    return tl.sqrt(tl.where(h > 0, h, 0.0)), angle, excess
+
+
+@triton.jit
+def asin(x, complement):
+    """The arcsine of x from -1 to 1, ``complement`` being 1 - x^2 with all its digits."""
+    inner = x * x <= 0.5
+    root, angle, _ = angle_of(tl.where(inner, x * x, complement))
+    outer = 1.5707963267948966 - root * angle
+    return tl.where(inner, x * angle, tl.where(x < 0, -outer, outer))
