@@ -190,6 +190,40 @@ def rounded(x, TO: tl.constexpr, ACC: tl.constexpr):
     return x
 
 
+@triton.jit
+def store_branch(
+    target,
+    n,
+    exists,
+    q,
+    weight,
+    change,
+    next_change,
+    BRANCH: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    DERIVATIVES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The columns of a branch; ``weight`` is that of a layer whose outputs have the variance 1."""
+    CODE: tl.constexpr = BRANCH[0]
+    norm, log_change, first, second = size_of(q, CODE, CONSTANTS)
+    c = weight * norm * tl.abs(CONSTANTS[0] + 0.0 * q)
+    target += BRANCH[2] * n
+    tl.store(target, c.to(ACC), mask=exists)
+    if CODE > LEAKY_RELU:
+        tl.store(target + n, first.to(ACC), mask=exists)
+        if CODE == ERF:
+            tl.store(target + 2 * n, second.to(ACC), mask=exists)
+            tl.store(target + 3 * n, norm.to(ACC), mask=exists)
+        elif CODE != RBF:
+            tl.store(target + 2 * n, norm.to(ACC), mask=exists)
+    if DERIVATIVES:
+        target += (BRANCH[3] - BRANCH[2]) * n
+        tl.store(target, (c * (log_change * change - 0.5 * next_change)).to(ACC), mask=exists)
+        if CODE > LEAKY_RELU:
+            tl.store(target + n, log_change.to(ACC), mask=exists)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def ntk_gram_rows(
     points,  # (B, N, d) of any strides
@@ -257,24 +291,19 @@ def ntk_gram_rows(
         next_change = change * next_change / following
         root = tl.sqrt(following)
         for j in tl.static_range(len(LAYERS[layer][1])):
-            CODE: tl.constexpr = LAYERS[layer][1][j][0]
-            COLUMN: tl.constexpr = LAYERS[layer][1][j][2]
-            DERIVATIVE: tl.constexpr = LAYERS[layer][1][j][3]
-            norm, log_change, first, second = size_of(q, CODE, CONSTANTS[layer][j])
-            c = weight * norm * tl.abs(CONSTANTS[layer][j][0] + 0.0 * q) / root
-            tl.store(target + COLUMN * n, c.to(ACC), mask=exists)
-            if CODE > LEAKY_RELU:
-                tl.store(target + (COLUMN + 1) * n, first.to(ACC), mask=exists)
-                if CODE == ERF:
-                    tl.store(target + (COLUMN + 2) * n, second.to(ACC), mask=exists)
-                    tl.store(target + (COLUMN + 3) * n, norm.to(ACC), mask=exists)
-                elif CODE != RBF:
-                    tl.store(target + (COLUMN + 2) * n, norm.to(ACC), mask=exists)
-            if DERIVATIVES:
-                by_size = c * (log_change * change - 0.5 * next_change)
-                tl.store(target + DERIVATIVE * n, by_size.to(ACC), mask=exists)
-                if CODE > LEAKY_RELU:
-                    tl.store(target + (DERIVATIVE + 1) * n, log_change.to(ACC), mask=exists)
+            store_branch(
+                target,
+                n,
+                exists,
+                q,
+                weight / root,
+                change,
+                next_change,
+                LAYERS[layer][1][j],
+                CONSTANTS[layer][j],
+                DERIVATIVES,
+                ACC,
+            )
         s = tl.sqrt(bias * bias + weight * weight * OFFSETS[layer]) / root
         tl.store(target + LAYERS[layer][2] * n, s.to(ACC), mask=exists)
         if DERIVATIVES:
@@ -617,6 +646,294 @@ def ntk_gram_tiles(
         store_tile(target, scale * tangent, i, j, n, m, SYMMETRIC)
 
 
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def ntk_gram_product(
+    ux,  # (B, N, KP)
+    uy,  # (B, M, KP)
+    rows_x,  # (B, R, N)
+    rows_y,  # (B, R, M)
+    v,  # (B, M, P)
+    found,  # (splits, B, N, P)
+    n,
+    m,
+    d,
+    blocks,  # rows of tiles of a batch
+    columns,  # P
+    factors,  # blocks of columns
+    splits,
+    LAYERS: tl.constexpr,
+    SCALE: tl.constexpr,
+    KIND: tl.constexpr,
+    K_FEW: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """BLOCK_N rows and BLOCK_P columns of the kernel times v, over one of ``splits`` parts of the sum."""
+    program = tl.program_id(0).to(INDEX)
+    split, program = program % splits, program // splits
+    factor, program = program % factors, program // factors
+    b = program // blocks
+    batches = tl.num_programs(0) // (splits * factors * blocks)
+    i = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_i = tl.minimum(i, n - 1)
+    p = factor * BLOCK_P + tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_N, BLOCK_P), ACC)
+    tiles = tl.cdiv(m, BLOCK_M)
+    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+        j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside_j = tl.minimum(j, m - 1)
+        e, f = half_angles(
+            ux + b * n * KP,
+            uy + b * m * KP,
+            inside_i,
+            inside_j,
+            d,
+            K_FEW,
+            KP,
+            BLOCK_D,
+            OPERAND,
+            PRECISION,
+            ACC,
+            BLOCK_N,
+            BLOCK_M,
+        )
+        x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, SCALE + 1, SCALE + 1, b)
+        cosine, tangent = through_layers(e, f, x, y, LAYERS)
+        kernel = parameter(y, SCALE) * (tangent if KIND == 1 else cosine)
+        if BLOCK_P < 16:
+            for q in tl.static_range(BLOCK_P):
+                column = factor * BLOCK_P + q
+                at = v + (b * m + j) * columns + column
+                values = tl.load(at, mask=(j < m) & (column < columns), other=0.0)
+                sums = tl.sum(kernel * values[None, :], 1)
+                total += tl.where(p[None, :] == column, sums[:, None], 0.0)
+        else:
+            at = v + (b * m + j[:, None]) * columns + p[None, :]
+            values = tl.load(at, mask=(j[:, None] < m) & (p[None, :] < columns), other=0.0)
+            total = tl.dot(kernel, values, total, input_precision="ieee", out_dtype=ACC)
+    scale = tl.load(rows_x + (b * (SCALE + 1) + SCALE) * n + inside_i)
+    target = found + ((split * batches + b) * n + i[:, None]) * columns + p[None, :]
+    tl.store(target, total * scale[:, None], mask=(i[:, None] < n) & (p[None, :] < columns))
+
+
+@triton.jit
+def weights_of(
+    left, right, dense, b, i, j, n, m, columns, stride_b, stride_n, stride_m, BLOCK_N: tl.constexpr, ACC: tl.constexpr
+):
+    """W_ij of a tile, 0 beyond the last column."""
+    exists = (j < m)[None, :]
+    if dense is not None:
+        at = dense + b * stride_b + i[:, None] * stride_n + j[None, :] * stride_m
+        return tl.load(at, mask=exists & (i[:, None] < n), other=0.0)
+    elif left is None:
+        return tl.load(right + b * m + j[None, :], mask=exists, other=0.0) + tl.zeros((BLOCK_N, 1), ACC)
+    else:
+        total = tl.load(right + (b * m + j[None, :]) * columns, mask=exists, other=0.0) * 0.0
+        total += tl.zeros((BLOCK_N, 1), ACC)
+        for p in range(columns):
+            r = tl.load(right + (b * m + j[None, :]) * columns + p, mask=exists, other=0.0)
+            total += r * tl.load(left + (b * n + i[:, None]) * columns + p, mask=i[:, None] < n, other=0.0)
+        return total
+
+
+@triton.jit
+def component_of(near_bar, sign, of_x, of_y, i, j, component, k, KP: tl.constexpr, ACC: tl.constexpr):
+    """A component of the gradient that comes from near pairs, among zeros."""
+    x = tl.load(of_x + i * KP + component).to(ACC)[:, None]
+    y = tl.load(of_y + j * KP + component).to(ACC)[None, :]
+    return tl.where(k[None, :] == component, tl.sum(near_bar * (sign * x - y), 1)[:, None], 0.0)
+
+
+@triton.jit
+def collect(bar, by_size, sums, exists, scale, ROWS: tl.constexpr):
+    """Add the sums of a parameter's derivatives to those of earlier tiles; the derivatives times ``by_size``."""
+    if ROWS:
+        before = tl.load(sums, mask=exists, other=0.0)
+        tl.store(sums, before + scale * tl.sum(bar, 1), mask=exists)
+        tl.debug_barrier()  # another thread may read them for the next tile
+    return bar * by_size
+
+
+@triton.jit
+def back_through_layer(
+    e, f, tangent, e_bar, t_bar, x, y, sums, exists, scale, LAYER: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr
+):
+    """From derivatives by e and T behind a layer to those before it, and one by log q_0."""
+    change = parameter(x, LAYER[3])
+    if KIND == 1:
+        e_bar -= 2.0 * t_bar
+    sx, sy = parameter(x, LAYER[2]), parameter(y, LAYER[2])
+    by_size = collect(0.5 * e_bar * (sx - sy), parameter(x, LAYER[3] + 1), sums + LAYER[4], exists, scale, ROWS)
+    before = 0.0 * e
+    slope = 0.0 * e
+    for j in tl.static_range(len(LAYER[1])):
+        e_phi, d_phi, _ = pair(e, f, x, y, LAYER[1][j], LAYER[0])
+        d_by_e, e_by_size, d_by_size = pair_derivatives(e, f, e_phi, d_phi, x, y, LAYER[1][j])
+        cx, cy = parameter(x, LAYER[1][j][2]), parameter(y, LAYER[1][j][2])
+        of_c = e_bar * (cy * e_phi + 0.5 * (cx - cy))
+        of_size = e_bar * e_by_size
+        before += cx * cy * e_bar * d_phi
+        if KIND == 1:
+            of_slope = t_bar * tangent
+            of_c += cy * of_slope * d_phi
+            of_size += of_slope * d_by_size
+            before += cx * cy * of_slope * d_by_e
+            slope += cx * cy * d_phi
+        target = sums + LAYER[1][j][4]
+        by_size += collect(of_c, parameter(x, LAYER[1][j][3]), target, exists, scale, ROWS)
+        if LAYER[1][j][0] > LEAKY_RELU:
+            by_size += collect(cx * cy * of_size, change, target + 1, exists, scale, ROWS)
+    return before, t_bar * slope, by_size
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def ntk_gram_witness(
+    ux,  # (B, N, KP)
+    uy,  # (B, M, KP)
+    rows_x,  # (B, ALL, N)
+    rows_y,  # (B, R, M)
+    left,  # (B, N, P) or None
+    right,  # (B, M, P) or None
+    dense,  # (B, N, M) of any strides, or None
+    values,  # (splits, B, N)
+    gradients,  # (splits, B, N, d + 1)
+    sums,  # (splits, B, N, PARAMETERS), or None
+    dense_stride_b,
+    dense_stride_n,
+    dense_stride_m,
+    n,
+    m,
+    d,
+    blocks,  # rows of tiles of a batch
+    columns,  # P
+    parts,  # blocks of components of the gradient
+    splits,
+    LAYERS: tl.constexpr,
+    SCALE: tl.constexpr,
+    ALL: tl.constexpr,
+    PARAMETERS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    K_FEW: tl.constexpr,
+    KP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """sum_j W_ij k(x_i, y_j) of BLOCK_N points, its gradient by BLOCK_K components, and those of row parameters.
+
+    Over one of ``splits`` parts of the sum. Programs of further components leave out what the first ones write.
+    """
+    program = tl.program_id(0).to(INDEX)
+    split, program = program % splits, program // splits
+    part, program = program % parts, program // parts
+    b = program // blocks
+    batches = tl.num_programs(0) // (splits * parts * blocks)
+    i = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = i < n
+    inside_i = tl.minimum(i, n - 1)
+    of_x, of_y = ux + b * n * KP, uy + b * m * KP
+    at = (split * batches + b) * n + i
+    k = part * BLOCK_K + tl.arange(0, BLOCK_K)
+    scale = tl.load(rows_x + (b * ALL + SCALE) * n + inside_i)
+    half_log = tl.load(rows_x + (b * ALL + ALL - 2) * n + inside_i)  # d log scale / d log q_0
+    value = tl.zeros((BLOCK_N,), ACC)
+    along = tl.zeros((BLOCK_N,), ACC)  # the gradient's part along x
+    vector = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+    tiles = tl.cdiv(m, BLOCK_M)
+    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+        j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside_j = tl.minimum(j, m - 1)
+        e, f = half_angles(
+            of_x, of_y, inside_i, inside_j, d, K_FEW, KP, BLOCK_D, OPERAND, PRECISION, ACC, BLOCK_N, BLOCK_M
+        )
+        x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, ALL, SCALE + 1, b)
+        weights = weights_of(
+            left, right, dense, b, i, j, n, m, columns, dense_stride_b, dense_stride_n, dense_stride_m, BLOCK_N, ACC
+        )
+        weights *= parameter(y, SCALE)
+
+        first_e, first_f = e, f
+        tangent = f - e
+        for layer in tl.static_range(len(LAYERS)):
+            if layer == 0:
+                es, fs, tangents = (e,), (f,), (tangent,)
+            else:
+                es, fs, tangents = es + (e,), fs + (f,), tangents + (tangent,)  # type: ignore[assignment]  # noqa: RUF005
+            e, f, tangent = through_layer(e, f, tangent, x, y, LAYERS[layer])
+
+        if KIND == 1:
+            e_bar, t_bar = 0.0 * e, weights
+            products = weights * tangent
+        else:
+            e_bar, t_bar = -2.0 * weights, 0.0 * e
+            products = weights * (f - e)
+        of_value = tl.sum(products, 1)
+        value += of_value
+        by_size = 0.0 * e
+        for back in tl.static_range(len(LAYERS)):
+            LAST: tl.constexpr = len(LAYERS) - 1
+            e_bar, t_bar, more = back_through_layer(
+                es[LAST - back],
+                fs[LAST - back],
+                tangents[LAST - back],
+                e_bar,
+                t_bar,
+                x,
+                y,
+                sums + at * PARAMETERS if ROWS else at,
+                exists & (part == 0),
+                scale,
+                LAYERS[LAST - back],
+                KIND,
+                ROWS,
+            )
+            by_size += more
+        if KIND == 1:
+            e_bar -= 2.0 * t_bar
+
+        # Of e = |u_x - u_y|^2 / 4 and f = |u_x + u_y|^2 / 4, or of both from the inner product: the same, but for digits.
+        sign = tl.where(first_e <= first_f, 1.0, -1.0).to(ACC)
+        near = tl.where(first_e <= first_f, first_e, first_f) < NEAR
+        if K_FEW > 0:
+            near = near | (first_e == first_e)
+        along_near = tl.where(first_e <= first_f, -first_e, first_f)
+        coefficient = tl.where(near, along_near, 0.5 * (first_f - first_e))
+        along += tl.sum(e_bar * coefficient + 2.0 * by_size, 1) + 2.0 * half_log * of_value
+        near_bar = tl.where(near, 0.5 * e_bar, 0.0)
+        if K_FEW > 0:
+            for component in tl.static_range(K_FEW):
+                vector += component_of(near_bar, sign, of_x, of_y, inside_i, inside_j, component, k, KP, ACC)
+        else:
+            u = tl.load(of_y + inside_j[:, None] * KP + k[None, :], mask=k[None, :] < KP, other=0.0).to(ACC)
+            far_bar = tl.where(near, 0.0, -0.5 * e_bar)
+            vector = tl.dot(far_bar, u, vector, input_precision=PRECISION, out_dtype=ACC)
+            if tl.min(tl.minimum(first_e, first_f)) < NEAR:
+                for component in range(part * BLOCK_K, tl.minimum((part + 1) * BLOCK_K, d + 1)):
+                    vector += component_of(near_bar, sign, of_x, of_y, inside_i, inside_j, component, k, KP, ACC)
+
+    u = tl.load(of_x + inside_i[:, None] * KP + k[None, :], mask=k[None, :] < KP, other=0.0).to(ACC)
+    factor = tl.load(rows_x + (b * ALL + ALL - 1) * n + inside_i)  # scale / sqrt(q_0)
+    gradient = factor[:, None] * (vector + along[:, None] * u)
+    tl.store(gradients + at[:, None] * (d + 1) + k[None, :], gradient, mask=exists[:, None] & (k <= d)[None, :])
+    value *= scale
+    tl.store(values + at, value, mask=exists & (part == 0))
+    if ROWS:
+        tl.store(sums + at * PARAMETERS + PARAMETERS - 1, value, mask=exists & (part == 0))
+
+
 #: Whether Triton interprets the kernels on the CPU: TRITON_INTERPRET=1 when this module was imported.
 INTERPRETED = not isinstance(ntk_gram_tiles, triton.JITFunction)
 
@@ -756,3 +1073,103 @@ def gram(problem: Problem, options: Options) -> Tensor:
         **plan.choices,
     )
     return found
+
+
+def split_into(programs: int, tiles: int) -> int:
+    """Into how many parts a sum over tiles is split, where there are so many programs without."""
+    return max(1, min(ENOUGH_PROGRAMS // programs, tiles))
+
+
+def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
+    """(B, N, p); see ``op.py``."""
+    plan = Plan(problem, options)
+    columns = v.shape[-1]
+    shape = (plan.batch, plan.n, columns)
+    if 0 in (*shape, plan.m):
+        return problem.x.new_zeros(shape)
+    x, y = plan.sides()
+    block_p = min(triton.next_power_of_2(columns), MOST_COLUMNS)
+    block_p = block_p if block_p <= 4 else max(16, block_p)
+    block_n, block_m = 32, 32
+    blocks, factors = triton.cdiv(plan.n, block_n), triton.cdiv(columns, block_p)
+    splits = split_into(plan.batch * blocks * factors, triton.cdiv(plan.m, block_m))
+    found = problem.x.new_empty((splits, *shape))
+    launch(
+        plan.device,
+        ntk_gram_product,
+        plan.batch * blocks * factors * splits,
+        ux=x.unit,
+        uy=y.unit,
+        rows_x=x.rows,
+        rows_y=y.rows,
+        v=v.resolve_neg().contiguous(),
+        found=found,
+        blocks=blocks,
+        columns=columns,
+        factors=factors,
+        splits=splits,
+        KIND=options.kind,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        BLOCK_P=block_p,
+        INDEX=plan.index(found.numel(), v.numel(), *(t.numel() for t in (*x, *y))),
+        **plan.choices,
+    )
+    return found[0] if splits == 1 else found.sum(0)
+
+
+def witness(
+    problem: Problem, left: Tensor | None, right: Tensor | None, dense: Tensor | None, options: Options, rows: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, N), (B, N, d + 1) and (B, N, P); see ``op.py``."""
+    plan = Plan(problem, options)
+    shapes = witness_shapes(problem, options)
+    new = problem.x.new_zeros
+    if plan.batch * plan.n * plan.m == 0:
+        return new(shapes[0]), new(shapes[1]), new(shapes[2]) if rows else None
+    x, y = plan.sides(derivatives=True)
+    block_n, block_m = 32, 32
+    most = MOST_COMPONENTS if plan.dtype == torch.float32 else MOST_COMPONENTS // 2
+    block_k = min(triton.next_power_of_2(plan.kp), most)
+    blocks, parts = triton.cdiv(plan.n, block_n), triton.cdiv(plan.d + 1, block_k)
+    splits = split_into(plan.batch * blocks * parts, triton.cdiv(plan.m, block_m))
+    values, gradients = (problem.x.new_empty((splits, *shape)) for shape in shapes[:2])
+    sums = new((splits, *shapes[2])) if rows else None
+    dense = None if dense is None else dense.resolve_neg()
+    strides = (0, 0, 0) if dense is None else dense.stride()
+    span = 0 if dense is None else sum((s - 1) * abs(t) for s, t in zip(dense.shape, dense.stride(), strict=True))
+    sizes = (t.numel() for t in (*x, *y, gradients, left, right, sums) if t is not None)
+    launch(
+        plan.device,
+        ntk_gram_witness,
+        plan.batch * blocks * parts * splits,
+        ux=x.unit,
+        uy=y.unit,
+        rows_x=x.rows,
+        rows_y=y.rows,
+        left=None if left is None else left.resolve_neg().contiguous(),
+        right=None if right is None else right.resolve_neg().contiguous(),
+        dense=dense,
+        values=values,
+        gradients=gradients,
+        sums=sums,
+        dense_stride_b=strides[0],
+        dense_stride_n=strides[1],
+        dense_stride_m=strides[2],
+        blocks=blocks,
+        columns=1 if right is None else right.shape[-1],
+        parts=parts,
+        splits=splits,
+        ALL=plan.layout.all,
+        PARAMETERS=shapes[2][-1],
+        KIND=options.kind,
+        ROWS=rows,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        INDEX=plan.index(span, *sizes),
+        **plan.choices,
+    )
+    if splits == 1:
+        return values[0], gradients[0], None if sums is None else sums[0]
+    return values.sum(0), gradients.sum(0), None if sums is None else sums.sum(0)
