@@ -83,10 +83,19 @@ class LayerLayout(NamedTuple):
     parameter: int
 
 
+class Run(NamedTuple):
+    """Layers of the same kind, one after the other, whose columns lie ``stride`` apart."""
+
+    layer: LayerLayout
+    count: int
+    stride: int
+
+
 class Layout(NamedTuple):
     """``columns`` end with the scale; ``all`` of them with d log scale / d log q_0 and scale / sqrt(q_0)."""
 
     layers: tuple[LayerLayout, ...]
+    runs: tuple[Run, ...]
     columns: int
     all: int
 
@@ -97,10 +106,12 @@ _WIDTH = {activations.ERF: 4, activations.GELU: 3, activations.SIN: 3, activatio
 @lru_cache(maxsize=256)
 def _described(layers: tuple[tuple[Branch, ...], ...]) -> Layout:
     columns = sum(_WIDTH.get(branch.code, 1) for layer in layers for branch in layer) + len(layers) + 1
-    found = []
+    found: list[LayerLayout] = []
+    runs: list[Run] = []
     column, derivative, parameter = 0, columns, 0
     for i, layer in enumerate(layers):
-        rough = [b.code in (activations.RELU, activations.LEAKY_RELU) for later in layers[i + 1 :] for b in later]
+        rough = any(b.code in (activations.RELU, activations.LEAKY_RELU) for later in layers[i + 1 :] for b in later)
+        stable = rough and any(b.code in (activations.ERF, activations.SIN) for b in layer)
         of_layer, derivative = derivative, derivative + 2
         branches = []
         for branch in layer:
@@ -112,9 +123,13 @@ def _described(layers: tuple[tuple[Branch, ...], ...]) -> Layout:
             column += _WIDTH.get(branch.code, 1)
             derivative += 1 if branch.homogeneous else 2
             parameter += 1 if branch.homogeneous else 2
-        found.append(LayerLayout(any(rough), tuple(branches), column, of_layer, parameter))
+        found.append(LayerLayout(stable, tuple(branches), column, of_layer, parameter))
         column, parameter = column + 1, parameter + 1
-    return Layout(tuple(found), columns, derivative + 2)
+        if i > 0 and layers[i - 1] == layer and found[i - 1].stable == stable:
+            runs[-1] = Run(runs[-1].layer, runs[-1].count + 1, column - found[i - 1].s - 1)
+        else:
+            runs.append(Run(found[i], 1, 0))
+    return Layout(tuple(found), tuple(runs), columns, derivative + 2)
 
 
 def described(options: Options) -> Layout:
@@ -555,11 +570,17 @@ def through_layer(e, f, tangent, x, y, LAYER: tl.constexpr):
 
 
 @triton.jit
-def through_layers(e, f, x, y, LAYERS: tl.constexpr):
-    """Cosines and T behind all layers."""
+def through_layers(e, f, x, y, RUNS: tl.constexpr):
+    """Cosines and T behind all layers. Unrolled, many of them would take too many registers."""
     tangent = f - e
-    for layer in tl.static_range(len(LAYERS)):
-        e, f, tangent = through_layer(e, f, tangent, x, y, LAYERS[layer])
+    for run in tl.static_range(len(RUNS)):
+        if RUNS[run][1] == 1:
+            e, f, tangent = through_layer(e, f, tangent, x, y, RUNS[run][0])
+        else:
+            for layer in range(RUNS[run][1]):
+                next_x = (x[0] + layer * RUNS[run][2] * x[1], x[1])
+                next_y = (y[0] + layer * RUNS[run][2] * y[1], y[1])
+                e, f, tangent = through_layer(e, f, tangent, next_x, next_y, RUNS[run][0])
     return f - e, tangent
 
 
@@ -595,7 +616,7 @@ def ntk_gram_tiles(
     tiles,  # of a batch
     columns,  # of them, in a row of tiles
     parts,  # numbers of one kernel
-    LAYERS: tl.constexpr,
+    RUNS: tl.constexpr,
     SCALE: tl.constexpr,
     KIND: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -635,7 +656,7 @@ def ntk_gram_tiles(
         BLOCK_M,
     )
     x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, SCALE + 1, SCALE + 1, b)
-    cosine, tangent = through_layers(e, f, x, y, LAYERS)
+    cosine, tangent = through_layers(e, f, x, y, RUNS)
     scale = parameter(x, SCALE) * parameter(y, SCALE)
     target = gram + b * n * m
     if KIND != 1:
@@ -661,7 +682,7 @@ def ntk_gram_product(
     columns,  # P
     factors,  # blocks of columns
     splits,
-    LAYERS: tl.constexpr,
+    RUNS: tl.constexpr,
     SCALE: tl.constexpr,
     KIND: tl.constexpr,
     K_FEW: tl.constexpr,
@@ -705,7 +726,7 @@ def ntk_gram_product(
             BLOCK_M,
         )
         x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, SCALE + 1, SCALE + 1, b)
-        cosine, tangent = through_layers(e, f, x, y, LAYERS)
+        cosine, tangent = through_layers(e, f, x, y, RUNS)
         kernel = parameter(y, SCALE) * (tangent if KIND == 1 else cosine)
         if BLOCK_P < 16:
             for q in tl.static_range(BLOCK_P):
@@ -884,11 +905,10 @@ def ntk_gram_witness(
         value += of_value
         by_size = 0.0 * e
         for back in tl.static_range(len(LAYERS)):
-            LAST: tl.constexpr = len(LAYERS) - 1
             e_bar, t_bar, more = back_through_layer(
-                es[LAST - back],
-                fs[LAST - back],
-                tangents[LAST - back],
+                es[len(LAYERS) - 1 - back],
+                fs[len(LAYERS) - 1 - back],
+                tangents[len(LAYERS) - 1 - back],
                 e_bar,
                 t_bar,
                 x,
@@ -896,7 +916,7 @@ def ntk_gram_witness(
                 sums + at * PARAMETERS if ROWS else at,
                 exists & (part == 0),
                 scale,
-                LAYERS[LAST - back],
+                LAYERS[len(LAYERS) - 1 - back],
                 KIND,
                 ROWS,
             )
@@ -983,7 +1003,6 @@ class Plan:
             "n": self.n,
             "m": self.m,
             "d": self.d,
-            "LAYERS": self.layout.layers,
             "SCALE": self.layout.columns - 1,
             "K_FEW": self.d + 1 if few else 0,
             "KP": self.kp,
@@ -992,6 +1011,14 @@ class Plan:
             "PRECISION": "tf32" if tf32 else "ieee",
             "ACC": self.acc,
         }
+
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile, and warps, such that what a thread has of a tile fits its registers."""
+        pairs = self.batch * self.n * self.m
+        simple = all(code <= activations.LEAKY_RELU for code in self.options.codes)
+        if self.dtype == torch.float64:
+            return 32, 8
+        return (64, 8) if simple and pairs >= ENOUGH_PROGRAMS * 64 * 64 else (32, 4)
 
     def index(self, *sizes: int) -> tl.dtype:
         """The type that holds every offset."""
@@ -1049,7 +1076,7 @@ def gram(problem: Problem, options: Options) -> Tensor:
         return found
     plan = Plan(problem, options)
     x, y = plan.sides()
-    block = 32 if plan.dtype == torch.float64 else 64
+    block, warps = plan.tile()
     rows, columns = triton.cdiv(plan.n, block), triton.cdiv(plan.m, block)
     symmetric = problem.y is None
     tiles = rows * (rows + 1) // 2 if symmetric else rows * columns
@@ -1065,11 +1092,13 @@ def gram(problem: Problem, options: Options) -> Tensor:
         tiles=tiles,
         columns=columns,
         parts=found[0].numel(),
+        RUNS=plan.layout.runs,
         KIND=options.kind,
         SYMMETRIC=symmetric,
         BLOCK_N=block,
         BLOCK_M=block,
-        INDEX=plan.index(found.numel(), x.unit.numel(), y.unit.numel(), x.rows.numel(), y.rows.numel()),
+        INDEX=plan.index(found.numel(), *(t.numel() for t in (*x, *y))),
+        num_warps=warps,
         **plan.choices,
     )
     return found
@@ -1090,9 +1119,9 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
     x, y = plan.sides()
     block_p = min(triton.next_power_of_2(columns), MOST_COLUMNS)
     block_p = block_p if block_p <= 4 else max(16, block_p)
-    block_n, block_m = 32, 32
-    blocks, factors = triton.cdiv(plan.n, block_n), triton.cdiv(columns, block_p)
-    splits = split_into(plan.batch * blocks * factors, triton.cdiv(plan.m, block_m))
+    block, warps = plan.tile()
+    blocks, factors = triton.cdiv(plan.n, block), triton.cdiv(columns, block_p)
+    splits = split_into(plan.batch * blocks * factors, triton.cdiv(plan.m, block))
     found = problem.x.new_empty((splits, *shape))
     launch(
         plan.device,
@@ -1108,11 +1137,13 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
         columns=columns,
         factors=factors,
         splits=splits,
+        RUNS=plan.layout.runs,
         KIND=options.kind,
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
+        BLOCK_N=block,
+        BLOCK_M=block,
         BLOCK_P=block_p,
         INDEX=plan.index(found.numel(), v.numel(), *(t.numel() for t in (*x, *y))),
+        num_warps=warps,
         **plan.choices,
     )
     return found[0] if splits == 1 else found.sum(0)
@@ -1128,8 +1159,9 @@ def witness(
     if plan.batch * plan.n * plan.m == 0:
         return new(shapes[0]), new(shapes[1]), new(shapes[2]) if rows else None
     x, y = plan.sides(derivatives=True)
-    block_n, block_m = 32, 32
-    most = MOST_COMPONENTS if plan.dtype == torch.float32 else MOST_COMPONENTS // 2
+    wide = plan.dtype == torch.float64
+    block_n, block_m = 16 if wide else 32, 32
+    most = MOST_COMPONENTS // 2 if wide else MOST_COMPONENTS
     block_k = min(triton.next_power_of_2(plan.kp), most)
     blocks, parts = triton.cdiv(plan.n, block_n), triton.cdiv(plan.d + 1, block_k)
     splits = split_into(plan.batch * blocks * parts, triton.cdiv(plan.m, block_m))
@@ -1160,6 +1192,7 @@ def witness(
         columns=1 if right is None else right.shape[-1],
         parts=parts,
         splits=splits,
+        LAYERS=plan.layout.layers,
         ALL=plan.layout.all,
         PARAMETERS=shapes[2][-1],
         KIND=options.kind,
@@ -1168,6 +1201,7 @@ def witness(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         INDEX=plan.index(span, *sizes),
+        num_warps=8,
         **plan.choices,
     )
     if splits == 1:
