@@ -167,10 +167,10 @@ def error_functions(z):
 
 @triton.jit
 def angle_of(h):
-    """For h = sin(theta / 2)^2 from 0 to 1/2: theta = 2 sqrt(h) A(h), and sin theta - theta cos theta = 2 h sqrt(h) B(h).
+    """sqrt(h), A and B for h = sin(theta / 2)^2 from 0 to 1/2.
 
-    sqrt(h), A and B, within 2e-8 and 2e-16 of themselves: polynomials found by interpolation at Chebyshev's points, the
-    second one without the cancellation of its definition.
+    theta = 2 sqrt(h) A(h), and sin theta - theta cos theta = 2 h sqrt(h) B(h) without the cancellation of its terms;
+    polynomials within 3e-9 and 2e-16 of A and B, found by interpolation at Chebyshev's points.
     """
     if h.dtype == tl.float64:
         angle = polynomial(

@@ -1,19 +1,19 @@
-"""Kernels of infinitely wide networks for GPUs, in Triton; README.md has the equations.
+"""Kernels of infinitely wide networks for GPUs, in Triton; ``reference.py`` has the equations.
 
 One kernel makes unit vectors and *row parameters* of the points, in float64, once. The others compute tiles of pairs:
 
-                 columns: points y                 half angles    inner products of unit vectors, ``tl.dot`` over d; where
-               +-----+-----+-----+                                one of a tile's pairs is near, and in few dimensions,
-        rows:  |     | tile|     |   of each tile                 from differences
-      points x +-----+-----+-----+                 layers         elementwise, in registers, all layers unrolled
+                 columns: points y                 half angles   from inner products of unit vectors, ``tl.dot`` over d;
+               +-----+-----+-----+                               from differences in few dimensions, and for those of a
+        rows:  |     | tile|     |   of each tile                tile's pairs that are nearly equal or opposite
+      points x +-----+-----+-----+                 layers        elementwise, in registers
 
 The Gram matrix is written once; of a symmetric one the tiles of the lower triangle are computed, and written twice.
 Products with a matrix and the witness go along a row of tiles and keep its sums: no tile is ever written. The witness
 goes back through the layers of a tile by hand, from what it knew before each of them. With few rows of tiles, each is
 split among several programs, whose sums are added at the end, in order: the same bits every time.
 
-Row parameters lie column by column, (B, R, N): first those that pairs need (:func:`described` says where), then, for the
-witness, derivatives with respect to the logarithm of the point's variance, log q_0.
+Row parameters lie column by column, (B, R, N): first those that pairs need (:class:`BranchLayout` says which), then,
+for the witness, derivatives with respect to the logarithm of the point's variance, log q_0.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ PI = tl.constexpr(3.141592653589793)
 class BranchLayout(NamedTuple):
     """A branch as the kernels are compiled for it.
 
-    ``shape`` is the part of the identity in a piecewise linear function, cos(2 phase) of a sine. ``column`` is its first
-    one: c, and, of q the variance before it and n its norm without amplitude, of erf (r, h, n) with r^2 = z / (1 + z)
-    and h = 1 / (2 + 2z), z = 2 b^2 q; of gelu (q, n); of sin (g, n), g^2 = b^2 q / 2; of rbf g, g^2 = gamma q.
-    ``derivative`` is the column of dc / d log q_0, behind which comes d log n / d log q. ``parameter`` is its first one
-    among those of :func:`reference.primary`.
+    ``shape`` is the part of the identity in a piecewise linear function, cos(2 phase) of a sine.
+
+    ``column`` is its first one, c. Then come, q being the variance before it and n its norm without amplitude, of erf
+    (r, h, n) with r^2 = z / (1 + z) and h = 1 / (2 + 2z), z = 2 b^2 q; of gelu (q, n); of sin (g, n) with
+    g^2 = b^2 q / 2; of rbf g with g^2 = gamma q. ``derivative`` is the column of dc / d log q_0; then comes, unless c
+    is all, d log n / d log q. ``parameter`` is its first one among those of :func:`reference.primary`.
     """
 
     code: int
@@ -87,7 +88,7 @@ class Run(NamedTuple):
     """Layers of the same kind, one after the other, whose columns lie ``stride`` apart."""
 
     layer: LayerLayout
-    count: int
+    times: int
     stride: int
 
 
@@ -126,7 +127,7 @@ def _described(layers: tuple[tuple[Branch, ...], ...]) -> Layout:
         found.append(LayerLayout(stable, tuple(branches), column, of_layer, parameter))
         column, parameter = column + 1, parameter + 1
         if i > 0 and layers[i - 1] == layer and found[i - 1].stable == stable:
-            runs[-1] = Run(runs[-1].layer, runs[-1].count + 1, column - found[i - 1].s - 1)
+            runs[-1] = Run(runs[-1].layer, runs[-1].times + 1, column - found[i - 1].s - 1)
         else:
             runs.append(Run(found[i], 1, 0))
     return Layout(tuple(found), tuple(runs), columns, derivative + 2)
@@ -253,8 +254,8 @@ def ntk_gram_rows(
     d,
     blocks,
     LAYERS: tl.constexpr,
-    CONSTANTS: tl.constexpr,  # of each layer: of each branch (amplitude, .., ..); then of each layer the squared offset
-    OFFSETS: tl.constexpr,
+    CONSTANTS: tl.constexpr,  # of each branch of each layer
+    OFFSETS: tl.constexpr,  # of each layer
     SCALE: tl.constexpr,
     ALL: tl.constexpr,
     DERIVATIVES: tl.constexpr,
@@ -892,7 +893,8 @@ def ntk_gram_witness(
             if layer == 0:
                 es, fs, tangents = (e,), (f,), (tangent,)
             else:
-                es, fs, tangents = es + (e,), fs + (f,), tangents + (tangent,)  # type: ignore[assignment]  # noqa: RUF005
+                es, fs = es + (e,), fs + (f,)  # type: ignore[assignment]  # noqa: RUF005
+                tangents = tangents + (tangent,)  # type: ignore[assignment]  # noqa: RUF005
             e, f, tangent = through_layer(e, f, tangent, x, y, LAYERS[layer])
 
         if KIND == 1:
@@ -924,7 +926,7 @@ def ntk_gram_witness(
         if KIND == 1:
             e_bar -= 2.0 * t_bar
 
-        # Of e = |u_x - u_y|^2 / 4 and f = |u_x + u_y|^2 / 4, or of both from the inner product: the same, but for digits.
+        # Of e = |u_x - u_y|^2 / 4, f = |u_x + u_y|^2 / 4, or both from the inner product: the same, but for digits.
         sign = tl.where(first_e <= first_f, 1.0, -1.0).to(ACC)
         near = tl.where(first_e <= first_f, first_e, first_f) < NEAR
         if K_FEW > 0:
