@@ -118,7 +118,8 @@ Network<T> network_of(const NtkProblem<T>& p, Arena& arena, bool fill) {
             keeps_f = keeps_f || keeps;
             rounded = rounded || from.activation > NtkActivation::leaky_relu;
         }
-        layers[l] = {branches + first, count, number++, primary++, folded, stable, keeps_f, rounded};
+        layers[l] = {branches + first,      count, number++, primary++, folded, stable, keeps_f, rounded,
+                     all_relu && count == 1};
         folded = all_relu;
         first += count;
     }
@@ -325,18 +326,18 @@ void gram_tile(const Gram<T>& g, Index b, Index block, Index panel, Index rows, 
         const T* const row = g.x.row_numbers(b, first + r);
         for (int v = 0; v < tile_vectors; v += U) {
             const Numbers<T> numbers{row, columns + v * lanes, width};
-            Pairs<T, U> e, f, tangent;
+            State<T, U> pairs;
             half_angles<T, U>(direct ? nullptr : rho + r * width + v * lanes, g.x.row(b, first + r),
-                              g.y.panel(b, panel) + v * lanes, g.x.features, e, f);
-            layers_forward<T, U, false>(g.network, numbers, e, f, tangent, nullptr);
+                              g.y.panel(b, panel) + v * lanes, g.x.features, pairs.e, pairs.f);
+            layers_forward<T, U, false>(g.network, numbers, pairs, nullptr);
             PK_EACH_VECTOR {
                 const Vec<T> both = numbers.x(scale) * numbers.y(scale, u);
                 T* out = tiles + r * width + (v + u) * lanes;
                 if (g.p->nngp) {
-                    (both * (f[u] - e[u])).store(out);
+                    (both * (pairs.f[u] - pairs.e[u])).store(out);
                     out += width * width;
                 }
-                if (g.p->ntk) (both * tangent[u]).store(out);
+                if (g.p->ntk) (both * pairs.tangent[u]).store(out);
             }
         }
     }
@@ -481,12 +482,12 @@ void run_matvec(const void* context, std::int64_t task, int worker) {
                 for (int v = 0; v < tile_vectors; v += U) {
                     const Numbers<T> numbers{row, columns + v * lanes, width};
                     T* const at = tile + r * strip + v * lanes;
-                    Pairs<T, U> e, f, tangent;
+                    State<T, U> pairs;
                     half_angles<T, U>(direct ? nullptr : at, m.x.row(b, first + r), m.y.panel(b, start + j) + v * lanes,
-                                      features, e, f);
-                    layers_forward<T, U, false>(m.network, numbers, e, f, tangent, nullptr);
+                                      features, pairs.e, pairs.f);
+                    layers_forward<T, U, false>(m.network, numbers, pairs, nullptr);
                     PK_EACH_VECTOR {
-                        const Vec<T> value = m.network.ntk ? tangent[u] : f[u] - e[u];
+                        const Vec<T> value = m.network.ntk ? pairs.tangent[u] : pairs.f[u] - pairs.e[u];
                         (numbers.y(scale, u) * value).store(at + u * lanes);
                     }
                 }
@@ -642,14 +643,13 @@ void witness_row(const Witness<T>& s, const WitnessMemory<T>& memory, Index b, I
             const Numbers<T> numbers{s.x.row_numbers(b, i), columns + v * lanes, width};
             const Index at = r * strip + j * width + v * lanes;
             const T* const y = s.y.panel(b, start + j) + v * lanes;
-            Pairs<T, U> e, f, last_e, last_f, tangent, of_e, of_tangent;
+            Pairs<T, U> e, f, of_e, of_tangent;
             half_angles<T, U>(direct ? nullptr : memory.rho + at, x, y, features, e, f);
-            last_e = e;
-            last_f = f;
-            layers_forward<T, U, true>(s.network, numbers, last_e, last_f, tangent, memory.kept);
+            State<T, U> pairs{e, f, {}};
+            layers_forward<T, U, true>(s.network, numbers, pairs, memory.kept);
             PK_EACH_VECTOR {
                 const Vec<T> weight = Vec<T>::load(memory.weights + at + u * lanes) * numbers.y(scale, u);
-                const Vec<T> value = s.network.ntk ? tangent[u] : last_f[u] - last_e[u];
+                const Vec<T> value = s.network.ntk ? pairs.tangent[u] : pairs.f[u] - pairs.e[u];
                 sums[primaries - 1] = sums[primaries - 1] + weight * value;
                 of_e[u] = s.network.ntk ? zero : zero - two * weight;
                 of_tangent[u] = s.network.ntk ? weight : zero;
