@@ -9,7 +9,9 @@ from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capabili
 from pykernels.backends import available_backends, backend
 from pykernels.nn.empirical_ntk import empirical_ntk, empirical_ntk_matvec
 from pykernels.nn.fuse import fuse
+from pykernels.nn.ntk import NTK
 from pykernels.ops import (
+    Activation,
     ConvState,
     bilinear_warp,
     causal_conv1d,
@@ -19,6 +21,10 @@ from pykernels.ops import (
     gaussian_warp,
     gaussian_warp_rollout,
     mlp_odeint,
+    ntk_diag,
+    ntk_gram,
+    ntk_matvec,
+    ntk_witness,
     odeint,
     odeint_adjoint,
 )
@@ -27,6 +33,8 @@ from pykernels.ops.latent_ode.hint import FusionHint
 __version__ = _version("pykernels")
 
 __all__ = [
+    "NTK",
+    "Activation",
     "ConvState",
     "FusionError",
     "FusionHint",
@@ -48,6 +56,10 @@ __all__ = [
     "gaussian_warp_rollout",
     "mlp_odeint",
     "nn",
+    "ntk_diag",
+    "ntk_gram",
+    "ntk_matvec",
+    "ntk_witness",
     "odeint",
     "odeint_adjoint",
     "set_cpu_capability",
