@@ -17,10 +17,12 @@ compared with autograd on two samples before it is used.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +33,31 @@ from pykernels.backends import backend
 
 #: Bytes for what lies between the network and the result.
 DEFAULT_MAX_MEMORY = 1 << 30
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 _METHODS = ("auto", "structured", "jacobian")
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_NORMALISATIONS = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)
+_SUMS = ("add", "__add__", "__radd__")
+_PRODUCTS = ("mul", "__mul__", "__rmul__")
 #: Operations of a matrix product that take as long as one elementwise operation on a block.
 _ELEMENTWISE = 8
 
 
+def _outside_inference_mode(function: _Function) -> _Function:
+    """The function for tensors of inference mode as well, which autograd refuses."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            copies = [t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (*args, *kwargs.values())]
+            return function(*copies[: len(args)], **dict(zip(kwargs, copies[len(args) :], strict=True)))
+
+    return cast(_Function, wrapped)
+
+
+@_outside_inference_mode
 def empirical_ntk(
     module: nn.Module,
     x: Tensor,
@@ -85,19 +106,20 @@ def empirical_ntk(
     x, y = samples[0], samples[-1]
     network = _Network(module, create_graph)
     keep_graph = torch.is_grad_enabled() and (create_graph or x.requires_grad or y.requires_grad)
+    # The reference of this package's layers consists of operations that the structured form knows.
     with backend("reference"), torch.set_grad_enabled(keep_graph):
         example = network.example(*samples)
-        structure = None
         if method != "jacobian":
             try:
                 structure = _Structure(network, x, y, trace_outputs, keep_graph)
+                return _Pieces(structure, example, trace_outputs, max_memory).kernel(x, y)
             except _UnstructuredError as reason:
                 if method == "structured":
                     raise ValueError(f"method='structured' cannot treat module: {reason}") from reason
-        features = structure or _Jacobians(network)
-        return _Pieces(features, example, trace_outputs, max_memory).kernel(x, y)
+        return _Pieces(_Jacobians(network), example, trace_outputs, max_memory).kernel(x, y)
 
 
+@_outside_inference_mode
 def empirical_ntk_matvec(
     module: nn.Module,
     x: Tensor,
@@ -137,7 +159,7 @@ def empirical_ntk_matvec(
         raise ValueError(f"v must have shape ({shape}) or ({shape}, p), got {tuple(v.shape)}")
     if v.dtype != x.dtype or v.device != x.device:
         raise ValueError(f"v must be {x.dtype} on {x.device} like x, got {v.dtype} on {v.device}")
-    columns = v.reshape(*expected, -1).movedim(-1, 0)  # (p, M) or (p, M, O)
+    columns = (v if v.dim() > len(expected) else v[..., None]).movedim(-1, 0)  # (p, M) or (p, M, O)
     keep_graph = torch.is_grad_enabled() and (create_graph or any(t.requires_grad for t in (x, z, v)))
     with torch.set_grad_enabled(keep_graph):
         if trace_outputs:
@@ -192,6 +214,8 @@ class _Network:
 
     def products(self, x: Tensor, z: Tensor, cotangents: Tensor, max_memory: int) -> Tensor:
         """Theta(x, z) times each of the vectors ``cotangents`` (D, M, O), shape (D, N, O)."""
+        if not self.parameters:
+            return cotangents.new_zeros(cotangents.shape[0], len(x), cotangents.shape[2])
         size = sum(p.numel() * p.element_size() for p in self.parameters.values())
         step = max(1, max_memory // max(1, 4 * size))
         return torch.cat([self._products(x, z, c) for c in cotangents.split(step)])
@@ -204,45 +228,96 @@ class _Network:
             product: Tensor = torch.func.jvp(lambda p: self(p, x), (self.parameters,), (direction,))[1]
             return product
 
-        products: Tensor = torch.func.vmap(along)(directions)
+        products: Tensor
+        try:
+            products = torch.func.vmap(along)(directions)
+        except NotImplementedError:  # an operation without forward mode: the transpose of the transposed Jacobian
+            y, pullback, *_ = torch.func.vjp(lambda p: self(p, x), self.parameters)
+            transpose = torch.func.vjp(lambda cotangent: pullback(cotangent)[0], torch.zeros_like(y))[1]
+            (products,) = torch.func.vmap(transpose)(directions)
         return products
 
 
-class _Use(NamedTuple):
-    """One call of a linear operation with trainable parameters.
+class _Convolution(NamedTuple):
+    """The geometry of a convolution, with the arguments of ``F.conv1d`` and its like behind the bias."""
 
-    ``convolution`` has kernel size, stride, padding, dilation and groups, or is None for a linear map.
-    """
+    kernel: tuple[int, ...]
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What each output sees of x (N, C, *S): shape (N, groups, positions, C / groups * taps)."""
+        dims = len(self.kernel)
+        dilations = _for_each(self.dilation, dims)
+        reaches = [d * (k - 1) for k, d in zip(self.kernel, dilations, strict=True)]
+        if self.padding == "same":
+            pads = [(reach // 2, reach - reach // 2) for reach in reaches]
+        else:
+            pads = [(p, p) for p in _for_each(0 if self.padding == "valid" else self.padding, dims)]
+        x = F.pad(x, [p for pair in reversed(pads) for p in pair])
+        for dim, (reach, s, d) in enumerate(zip(reaches, _for_each(self.stride, dims), dilations, strict=True), 2):
+            x = x.unfold(dim, reach + 1, s)[..., ::d]
+        x = x.unflatten(1, (self.groups, -1)).movedim(2, 2 + dims)  # (N, groups, *outputs, C / groups, *kernel)
+        return x.flatten(2 + dims).flatten(2, 1 + dims)
+
+
+class _Product(NamedTuple):
+    """One use of a weight by a linear map or, if ``convolution`` has its geometry, by a convolution."""
 
     input: Tensor
     output: Tensor
     version: int
-    convolution: tuple[Any, ...] | None
+    convolution: _Convolution | None
 
-    def matrix(self, a: Tensor) -> Tensor:
+    def matrix(self, keep_graph: bool) -> Tensor:
         """The input as what the weight is multiplied with, shape (N, groups, T, I)."""
+        a = self.input if keep_graph else self.input.detach()
         if self.convolution is None:
             return a.reshape(a.shape[0], 1, math.prod(a.shape[1:-1]), a.shape[-1])
-        return _patches(a, *self.convolution)
+        return self.convolution.patches(a)
 
-    def sensitivity(self, b: Tensor) -> Tensor:
+    def sensitivity(self, b: Tensor, keep_graph: bool) -> Tensor:
         """Gradients with respect to the output, (O, N, ...), as (N, O, groups, T, J)."""
         if self.convolution is None:
             return b.reshape(*b.shape[:2], 1, math.prod(b.shape[2:-1]), b.shape[-1]).transpose(0, 1)
-        groups = self.convolution[-1]
-        return b.flatten(3).reshape(*b.shape[:2], groups, -1, math.prod(b.shape[3:])).permute(1, 0, 2, 4, 3)
+        groups, positions = self.convolution.groups, math.prod(b.shape[3:])
+        return b.reshape(*b.shape[:2], groups, b.shape[2] // groups, positions).permute(1, 0, 2, 4, 3)
 
 
-#: Names of the weight and the bias of a layer, None where it has none that is trainable.
+class _Elementwise(NamedTuple):
+    """One sum with a parameter, or product if there is an ``input``; ``shape`` is how the parameter broadcasts."""
+
+    input: Tensor | None
+    output: Tensor
+    version: int
+    shape: tuple[int, ...]
+
+    def matrix(self, keep_graph: bool) -> Tensor:
+        """There is none, as for a bias: shape (N, 1, 1, 0)."""
+        return self.output.new_zeros(self.output.shape[0], 1, 1, 0)
+
+    def sensitivity(self, b: Tensor, keep_graph: bool) -> Tensor:
+        """Gradients with respect to the parameter, shape (N, O, 1, 1, numbers)."""
+        if self.input is not None:
+            b = b * (self.input if keep_graph else self.input.detach())
+        shape = (1,) * (self.output.dim() - len(self.shape)) + self.shape
+        broadcast = [dim + 1 for dim in range(1, len(shape)) if shape[dim] == 1]
+        b = b.sum(broadcast) if broadcast else b
+        return b.reshape(*b.shape[:2], 1, 1, math.prod(self.shape)).transpose(0, 1)
+
+
+#: Names of the weight and of the bias or scale of a layer, None for one that it has not or that is not trainable.
 _Key: TypeAlias = tuple[str | None, str | None]
-_Uses: TypeAlias = dict[_Key, list[_Use]]
+_Uses: TypeAlias = dict[_Key, list[_Product | _Elementwise]]
 
 
 class _Record(TorchFunctionMode):
     """Writes down where trainable parameters are used while it is active.
 
     Raises:
-        _UnstructuredError: where that is anything but a linear map or convolution.
+        _UnstructuredError: where that is none of the operations that are known.
     """
 
     def __init__(self, parameters: dict[str, Tensor], samples: int) -> None:
@@ -250,43 +325,69 @@ class _Record(TorchFunctionMode):
         self.names = {id(p): name for name, p in parameters.items()}
         self.samples = samples
         self.uses: _Uses = {}
-        self.aliases: list[Tensor] = []  # keeps their ids
+        self.views: list[Tensor] = []  # whose ids are among the names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not (met := self._parameters_in((args, kwargs))):
+        met = [t for t in _tensors_in((args, kwargs)) if id(t) in self.names]
+        if not met:
             return func(*args, **kwargs)
         if func is F.linear or func in _CONVOLUTIONS:
             return self._linear(func, *args, **kwargs)
+        if func in _NORMALISATIONS:
+            return self._normalise(func, inspect.signature(func).bind(*args, **kwargs))
+        operation, parameter = getattr(func, "__name__", str(func)), met[0]
+        name = self.names[id(parameter)]
+        if operation in _SUMS + _PRODUCTS and len(met) == 1 and len(args) == 2 and not kwargs:
+            other = args[1] if args[0] is parameter else args[0]
+            return self._elementwise(other, parameter, name, operation in _PRODUCTS)
         result = func(*args, **kwargs)
         found = list(_tensors_in(result))
-        if not any(t.requires_grad for t in found):
+        if not any(t.requires_grad for t in found):  # a shape, or a value that no gradient goes through
             return result
-        of = met[0]
-        if len(found) == 1 and _same_numbers(found[0], of):
-            self.names[id(found[0])] = self.names[id(of)]
-            self.aliases.append(found[0])
+        if len(found) == 1 and _same_numbers(found[0], parameter):
+            self.names[id(found[0])] = name
+            self.views.append(found[0])
             return result
-        what = getattr(func, "__name__", str(func))
-        raise _UnstructuredError(f"{self.names[id(of)]} is used by {what}, which is no linear map or convolution")
-
-    def _parameters_in(self, values: Any) -> list[Tensor]:
-        return [t for t in _tensors_in(values) if id(t) in self.names]
+        raise _UnstructuredError(f"{name} is used by {operation}, which is no linear map, convolution, sum or product")
 
     def _linear(
         self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kw: Any
-    ) -> Any:
-        result = func(input, weight, bias, *args, **kw)
+    ) -> Tensor:
+        convolution = None if func is F.linear else _Convolution(tuple(weight.shape[2:]), *args, **kw)
         key = self.names.get(id(weight)), self.names.get(id(bias))
-        convolution = None
-        if func is not F.linear:
-            convolution = (tuple(weight.shape[2:]), *_convolution_options(*args, **kw))
-        batched = input.dim() >= 2 if convolution is None else input.dim() == len(convolution[0]) + 2
-        if id(input) in self.names or not batched or input.shape[0] != self.samples:
-            shape = tuple(input.shape)
-            raise _UnstructuredError(f"{key[0] or key[1]} is applied to shape {shape}, which is no batch of samples")
-        self.uses.setdefault(key, []).append(_Use(input, result, input._version, convolution))
-        return result.clone()  # the network may change it in place
+        if id(input) in self.names or input.dim() < (2 if convolution is None else len(convolution.kernel) + 2):
+            raise _UnstructuredError(
+                f"{key[0] or key[1]} is applied to shape {tuple(input.shape)}, no batch of samples"
+            )
+        result = func(input, weight, bias, *args, **kw)
+        return self._write_down(key, _Product(input, result, input._version, convolution))
+
+    def _elementwise(self, other: Any, parameter: Tensor, name: str | None, multiply: bool) -> Any:
+        result = other * parameter if multiply else other + parameter
+        if name is None:
+            return result
+        shape = tuple(parameter.shape)
+        if not isinstance(other, Tensor) or (len(shape) >= result.dim() and shape[0] != 1):
+            raise _UnstructuredError(f"{name} is combined with something else than a batch of samples")
+        return self._write_down((None, name), _Elementwise(other if multiply else None, result, other._version, shape))
+
+    def _normalise(self, func: Any, call: inspect.BoundArguments) -> Any:
+        """The function without its scale and shift, which are then applied one after the other."""
+        factors = [(call.arguments.pop(name, None), name == "weight") for name in ("weight", "bias")]
+        result = func(**call.arguments)
+        for parameter, multiply in factors:
+            if parameter is not None:
+                by_channel = func not in (F.layer_norm, F.rms_norm)
+                shape = (-1, *[1] * (result.dim() - 2)) if by_channel else parameter.shape
+                result = self._elementwise(result, parameter.reshape(shape), self.names.get(id(parameter)), multiply)
+        return result
+
+    def _write_down(self, key: _Key, use: _Product | _Elementwise) -> Tensor:
+        if use.output.dim() == 0 or use.output.shape[0] != self.samples:
+            raise _UnstructuredError(f"{key[0] or key[1]} gives shape {tuple(use.output.shape)}, no batch of samples")
+        self.uses.setdefault(key, []).append(use)
+        return use.output.clone()  # which the network may change in place
 
 
 class _UnstructuredError(Exception):
@@ -320,8 +421,9 @@ class _Factors(NamedTuple):
     def add_products(self, block: Tensor, other: Any, max_memory: int) -> None:
         """Add to ``block``, (N, M) or (N, O, M, O), the kernel of this layer."""
         trace = block.dim() == 2
-        m, outputs, groups, positions = other.b.shape[:4]
-        pairs = m * positions**2 * (2 if trace else 1 + outputs**2)
+        m, their_outputs, groups, positions = other.b.shape[:4]
+        outputs = self.b.shape[1]
+        pairs = m * positions**2 * (2 if trace else 1 + outputs * their_outputs)
         step = max(1, max_memory // (pairs * block.element_size()))
         for start in range(0, len(self.a), step):
             rows = block[start : start + step]
@@ -338,7 +440,7 @@ class _Factors(NamedTuple):
                     rows.add_((a.view(shape) * b.view(shape)).sum((1, 3)))
                 else:
                     a = a.view(len(rows), 1, positions, m, 1, positions)
-                    rows.add_((a * b.view(len(rows), outputs, positions, m, outputs, positions)).sum((2, 5)))
+                    rows.add_((a * b.view(len(rows), outputs, positions, m, their_outputs, positions)).sum((2, 5)))
 
 
 _Features: TypeAlias = _Rows | _Factors
@@ -373,7 +475,7 @@ class _Jacobians:
             found: dict[str, Tensor] = torch.func.vmap(pullback)(cotangents)[0]
             return found
 
-        return [_Rows(g.flatten(2)) for g in torch.func.vmap(gradients)(x).values()]
+        return [_Rows(g.reshape(*g.shape[:2], g[0, 0].numel())) for g in torch.func.vmap(gradients)(x).values()]
 
 
 class _Structure:
@@ -434,7 +536,7 @@ class _Structure:
         with torch.enable_grad(), record:
             out = self.network(self.network.parameters, x)
         for (weight, bias), uses in record.uses.items():
-            if any(use.input._version != use.version for use in uses):
+            if any(use.input is not None and use.input._version != use.version for use in uses):
                 raise _UnstructuredError(f"what {weight or bias} is applied to is changed in place afterwards")
         return out, record.uses
 
@@ -454,8 +556,8 @@ class _Structure:
             for use in of_layer:
                 b = next(sensitivities)
                 b = use.output.new_zeros(len(cotangents), *use.output.shape) if b is None else b
-                parts.append(use.sensitivity(b))
-                matrices.append(use.matrix(use.input if self.keep_graph else use.input.detach()))
+                parts.append(use.sensitivity(b, self.keep_graph))
+                matrices.append(use.matrix(self.keep_graph))
             if len({matrix.shape[1] for matrix in matrices}) > 1:
                 raise _UnstructuredError(f"{key[0]} is used with different numbers of groups")
             yield key, _joined(matrices, 2), _joined(parts, 3)
@@ -468,6 +570,7 @@ class _Structure:
         found = torch.autograd.grad(out, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True)
         return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
 
+    @torch.no_grad()
     def _compare(self, found: dict[str, Tensor], expected: dict[str, Tensor], out: Tensor) -> None:
         """Compare gradients put together from factors with those of autograd.
 
@@ -495,23 +598,19 @@ class _Pieces(NamedTuple):
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """Theta, (N, M) or (N, M, O, O). Half of it is computed where y is x."""
-        step, output_step = self._steps()
+        step, their_step, output_step = self._steps()
         outputs = self.example.shape[1]
         theta = self.example.new_zeros((len(x), len(y)) if self.trace else (len(x), outputs, len(y), outputs))
-        for i, o in product(_slices(len(x), step), _slices(outputs, output_step)):
+        for i, o in product(_slices(0, len(x), step), _slices(0, outputs, output_step)):
             mine = self.source.features(x[i], o)
-            for j, q in product(_slices(len(y), step), [o] if self.trace else _slices(outputs, output_step)):
-                if x is y and j.start < i.start:
-                    continue
-                theirs = mine if x is y and (i, o) == (j, q) else self.source.features(y[j], q)
-                part = theta[i, j] if self.trace else theta[i, o, j, q]
-                block = theta if part.shape == theta.shape else torch.zeros_like(part)
-                for feature, other in zip(mine, theirs, strict=True):
-                    feature.add_products(block, other, self.max_memory // 4)
-                if block is not theta:
-                    part.add_(block)
+            for q in [o] if self.trace else _slices(0, outputs, output_step):
+                if x is y:
+                    theirs = mine if q == o else self.source.features(x[i], q)
+                    self._add(theta, (i, o, i, q), mine, theirs)
+                for j in _slices(i.stop if x is y else 0, len(y), their_step):
+                    self._add(theta, (i, o, j, q), mine, self.source.features(y[j], q))
         if x is y:
-            for i in _slices(len(x), step):
+            for i in _slices(0, len(x), step):
                 before = slice(0, i.start)
                 if self.trace:
                     theta[i, before] = theta[before, i].T
@@ -519,22 +618,33 @@ class _Pieces(NamedTuple):
                     theta[i, :, before] = theta[before, :, i].permute(2, 3, 0, 1)
         return theta.div_(max(1, outputs)) if self.trace else theta.transpose(1, 2).contiguous()
 
-    def _steps(self) -> tuple[int, int]:
-        """Samples and outputs to treat at a time; those of x and those of y each get a quarter of the memory."""
-        numbers = self.max_memory // (4 * self.example.element_size())
+    def _add(self, theta: Tensor, at: tuple[slice, ...], mine: list[_Features], theirs: list[_Features]) -> None:
+        part = theta[at[::2] if self.trace else at]
+        block = theta if part.shape == theta.shape else torch.zeros_like(part)
+        for feature, other in zip(mine, theirs, strict=True):
+            feature.add_products(block, other, self.max_memory // 4)
+        if block is not theta:
+            part.add_(block)
+
+    def _steps(self) -> tuple[int, int, int]:
+        """Samples of x, of y, and outputs to treat at a time.
+
+        Those of y are computed again for each piece of x, whose pieces are larger therefore.
+        """
+        numbers = self.max_memory // self.example.element_size()
         outputs, shared, each = self.example.shape[1], self.source.numbers, max(1, self.source.numbers_per_output)
-        output_step = max(1, min(outputs, (numbers - shared) // each))
-        pairs = 1 if self.trace else output_step**2
-        step = min(numbers // (shared + output_step * each), math.isqrt(numbers // pairs))
-        return max(1, step), output_step
+        output_step = max(1, min(outputs, (numbers // 4 - shared) // each))
+        most = math.isqrt(numbers // (1 if self.trace else output_step**2))
+        step, their_step = (max(1, min(most, n // (shared + output_step * each))) for n in (numbers // 2, numbers // 8))
+        return step, their_step, output_step
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
 def _check(module: Any, samples: dict[str, Any], trace_outputs: Any, max_memory: Any) -> list[Tensor]:
@@ -580,29 +690,6 @@ def _some_samples(count: int, samples: tuple[Tensor, ...]) -> Tensor:
     return pool[torch.arange(count, device=pool.device) % len(pool)]
 
 
-def _convolution_options(
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> tuple[Any, Any, Any, int]:
-    """The arguments of a convolution behind its bias."""
-    return stride, padding, dilation, groups
-
-
-def _patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """What each output of a convolution sees of x (N, C, *S): shape (N, groups, positions, C / groups * taps)."""
-    dims = len(kernel)
-    strides, dilations = (_for_each(value, dims) for value in (stride, dilation))
-    reaches = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
-    if padding == "same":
-        pads = [(reach // 2, reach - reach // 2) for reach in reaches]
-    else:
-        pads = [(p, p) for p in _for_each(0 if padding == "valid" else padding, dims)]
-    x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-    for dim, (reach, s, d) in enumerate(zip(reaches, strides, dilations, strict=True), 2):
-        x = x.unfold(dim, reach + 1, s)[..., ::d]
-    x = x.unflatten(1, (groups, -1)).movedim(2, 2 + dims)  # (N, groups, *outputs, C / groups, *kernel)
-    return x.flatten(2 + dims).flatten(2, 1 + dims)
-
-
 def _for_each(value: Any, dims: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
@@ -619,9 +706,6 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _same_numbers(t: Tensor, other: Tensor) -> bool:
-    """Whether the one is a view of all of the other, of the same form."""
-    return t.data_ptr() == other.data_ptr() and (t.shape, t.stride(), t.dtype) == (
-        other.shape,
-        other.stride(),
-        other.dtype,
-    )
+    """Whether the one has all numbers of the other, in the same order and memory."""
+    same = t.data_ptr() == other.data_ptr() and t.numel() == other.numel() and t.dtype == other.dtype
+    return same and t.is_contiguous() and other.is_contiguous()
