@@ -8,7 +8,9 @@ from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
 from pykernels.nn.fuse import fuse
+from pykernels.nn.ntk import NTK
 from pykernels.ops import (
+    Activation,
     ConvState,
     bilinear_warp,
     causal_conv1d,
@@ -18,6 +20,10 @@ from pykernels.ops import (
     gaussian_warp,
     gaussian_warp_rollout,
     mlp_odeint,
+    ntk_diag,
+    ntk_gram,
+    ntk_matvec,
+    ntk_witness,
     odeint,
     odeint_adjoint,
 )
@@ -26,6 +32,8 @@ from pykernels.ops.latent_ode.hint import FusionHint
 __version__ = _version("pykernels")
 
 __all__ = [
+    "NTK",
+    "Activation",
     "ConvState",
     "FusionError",
     "FusionHint",
@@ -45,6 +53,10 @@ __all__ = [
     "gaussian_warp_rollout",
     "mlp_odeint",
     "nn",
+    "ntk_diag",
+    "ntk_gram",
+    "ntk_matvec",
+    "ntk_witness",
     "odeint",
     "odeint_adjoint",
     "set_cpu_capability",

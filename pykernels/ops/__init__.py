@@ -18,8 +18,10 @@ from pykernels.ops.gaussian_warp import (
     gaussian_warp_rollout,
 )
 from pykernels.ops.latent_ode import mlp_odeint, odeint, odeint_adjoint
+from pykernels.ops.ntk_gram import Activation, ntk_diag, ntk_gram, ntk_matvec, ntk_witness
 
 __all__ = [
+    "Activation",
     "BlockWeights",
     "CausalConvStream",
     "ConvState",
@@ -33,6 +35,10 @@ __all__ = [
     "gaussian_warp",
     "gaussian_warp_rollout",
     "mlp_odeint",
+    "ntk_diag",
+    "ntk_gram",
+    "ntk_matvec",
+    "ntk_witness",
     "odeint",
     "odeint_adjoint",
     "weight_norm",

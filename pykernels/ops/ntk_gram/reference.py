@@ -1,0 +1,372 @@
+"""Kernels of infinitely wide networks in plain PyTorch: the definition, in a form that does not cancel.
+
+C_0 = w_0^2 <x, y> / n + b_0^2,  C_l = w_l^2 K_phi(C_{l-1}) + b_l^2,  Theta_0 = C_0,
+Theta_l = C_l + w_l^2 Theta_{l-1} K_phi'(C_{l-1}),  where K_phi(A)(x, y) = E[phi(f(x)) phi(f(y))], f ~ GP(0, A).
+
+Instead of C(x, y) = sqrt(q r) cos(theta), with q = C(x, x) and r = C(y, y), a pair carries e = sin(theta / 2)^2 and
+f = cos(theta / 2)^2: small angles, and angles close to pi, keep their digits. A layer is then a triangle on a sphere: a
+point's feature vector of unit length consists of one part for each branch of the activation, of length
+c = w sqrt(K_phi(q)) / sqrt(q'), and of the bias, s = b / sqrt(q'), and by the haversine formula
+
+    e' = sum over branches of [c_x c_y e_phi + (c_x - c_y)^2 / 4] + (s_x - s_y)^2 / 4,
+
+e_phi = (1 - K_phi(x, y) / sqrt(K_phi(x, x) K_phi(y, y))) / 2. The tangent kernel is carried as T = Theta / sqrt(q r):
+
+    T' = 1 - 2 e' + T sum over branches of c_x c_y d_phi,   d_phi = d e_phi / d e.
+
+c and s, the *row parameters*, belong to a point; pairs are elementwise functions of them and of e.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pykernels.ops._autograd import transforming
+from pykernels.ops.ntk_gram.activations import ERF, GELU, IDENTITY, LEAKY_RELU, RBF, SIN, Branch, Options
+
+#: Variances below this are taken for it, so that zero vectors have a direction, and gradients.
+LEAST_VARIANCE = 1e-60
+#: Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
+NEAR = 0.02
+_CHUNK = 1 << 22  # elements of a temporary
+
+
+class BranchRows(NamedTuple):
+    """Of the points, for a branch of a layer: the length of its part, and the variance and norm before it."""
+
+    c: Tensor
+    q: Tensor
+    norm: Tensor  # sqrt(E[phi(z)^2])
+
+
+class LayerRows(NamedTuple):
+    branches: list[BranchRows]
+    s: Tensor
+
+
+class Rows(NamedTuple):
+    """What the kernel depends on, of each point, but for its direction; all of the shape of the points."""
+
+    layers: list[LayerRows]
+    scale: Tensor  # sqrt(C_L(x, x))
+
+
+def augment(x: Tensor, weight_std: Tensor, bias_std: Tensor) -> Tensor:
+    """(w_0 x / sqrt(n), b_0): (..., N, d + 1) in float64. Their inner products are C_0."""
+    x = x.double()
+    bias = bias_std[0].expand(x.shape[:-1]).unsqueeze(-1)
+    return torch.cat((x * (weight_std[0] / math.sqrt(max(x.shape[-1], 1))), bias.to(x.device)), -1)
+
+
+def normalized(augmented: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors and squared norms; of a zero vector, zero and :data:`LEAST_VARIANCE`."""
+    largest = augmented.detach().abs().amax(-1, keepdim=True).clamp(1e-30, 1e150)  # against overflow
+    scaled = augmented / largest
+    q = (scaled.square().sum(-1, keepdim=True) * largest * largest).clamp_min(LEAST_VARIANCE)
+    return augmented / q.sqrt(), q.squeeze(-1)
+
+
+def rounded(unit: Tensor, precision: str) -> Tensor:
+    """Unit vectors as the inner products are to take them."""
+    if precision == "float32" or unit.dtype != torch.float32:
+        return unit
+    if precision == "bf16":
+        return unit.bfloat16().float()
+    bits = unit.view(torch.int32)  # tf32 keeps 10 bits of the mantissa; to nearest, ties to even
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def activation_norm(branch: Branch, q: Tensor) -> Tensor:
+    """sqrt(E[phi(z)^2]), z ~ N(0, q), without the offset."""
+    a, b, third = branch.constants
+    amplitude = abs(a)
+    if branch.homogeneous:
+        return amplitude * math.sqrt((1 + b * b) / 2) * q.sqrt()
+    if branch.code == ERF:
+        z = 2 * b * b * q
+        square = 2 / math.pi * torch.asin((z / (1 + z)).clamp_max(1.0))
+    elif branch.code == SIN:
+        square = (1 - third) / 2 - third / 2 * torch.expm1(-2 * b * b * q)
+    elif branch.code == GELU:
+        square = gelu_kernels(q, q, q)[0]
+    else:
+        square = torch.ones_like(q)
+    return amplitude * square.clamp_min(LEAST_VARIANCE).sqrt()
+
+
+def rows(q: Tensor, weight_std: Tensor, bias_std: Tensor, options: Options) -> Rows:
+    """From the variances q = C_0(x, x) in float64."""
+    found = []
+    for i, layer in enumerate(options.layers(), start=1):
+        weight, bias, offset = weight_std[i].to(q.device), bias_std[i].to(q.device), options.offsets[i - 1]
+        norms = [activation_norm(branch, q) for branch in layer]
+        if offset > 0:
+            bias = (bias * bias + weight * weight * offset).sqrt()
+        following = (bias * bias + sum(weight * weight * n * n for n in norms)).clamp_min(LEAST_VARIANCE)
+        root = following.sqrt()
+        branches = [BranchRows(weight * n / root, q, n) for n in norms]
+        found.append(LayerRows(branches, bias / root))
+        q = following
+    return Rows(found, q.sqrt())
+
+
+def primary(rows: Rows, options: Options) -> Tensor:
+    """The row parameters that derivatives are taken of, (..., P).
+
+    Of each layer: of each branch c and, where it is not homogeneous, log q; and s. Then the logarithm of the scale.
+    """
+    columns = []
+    for layer, branches in zip(rows.layers, options.layers(), strict=True):
+        for own, branch in zip(layer.branches, branches, strict=True):
+            columns += [own.c] if branch.homogeneous else [own.c, own.q.log()]
+        columns.append(layer.s)
+    return torch.stack((*columns, rows.scale.log()), -1)
+
+
+def map_rows(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
+    layers = [
+        LayerRows([BranchRows(*map(function, branch)) for branch in layer.branches], function(layer.s))
+        for layer in rows.layers
+    ]
+    return Rows(layers, function(rows.scale))
+
+
+def half_angles(ux: Tensor, uy: Tensor, direct: bool) -> tuple[Tensor, Tensor]:
+    """e and f of all pairs of unit vectors (..., N, k) and (..., M, k).
+
+    ``direct``: all from differences and sums, with a temporary (..., N, M, k); else those that need it.
+    """
+    if direct:
+        difference, total = ux.unsqueeze(-2) - uy.unsqueeze(-3), ux.unsqueeze(-2) + uy.unsqueeze(-3)
+        e, f = difference.square().sum(-1) / 4, total.square().sum(-1) / 4
+        return torch.where(e <= f, e, 1 - f), torch.where(e <= f, 1 - e, f)
+    e = (1 - ux @ uy.mT) / 2
+    f = 1 - e
+    for near, sign in ((e < NEAR, -1), (f < NEAR, 1)):
+        index = near.nonzero(as_tuple=True)
+        first, second = (*index[:-2], index[-2]), (*index[:-2], index[-1])
+        value = (ux[first] + sign * uy[second]).square().sum(-1) / 4
+        e = e.index_put(index, value if sign < 0 else 1 - value)
+        f = f.index_put(index, value if sign > 0 else 1 - value)
+    return e, f
+
+
+def cells(e: Tensor, f: Tensor, x: Rows, y: Rows, options: Options) -> tuple[Tensor, Tensor]:
+    """Cosines C_L / sqrt(q r) and T of pairs, elementwise."""
+    tangent = f - e
+    rho = tangent
+    layers = options.layers()
+    for i, layer in enumerate(layers):
+        smooth_from_here = all(b.code not in (1, LEAKY_RELU) for later in layers[i + 1 :] for b in later)
+        bias_difference = (x.layers[i].s - y.layers[i].s).square() / 4
+        bias_total = (x.layers[i].s + y.layers[i].s).square() / 4
+        next_e, next_f, slope = bias_difference, bias_total, torch.zeros_like(e)
+        keeps_f = False
+        for branch, bx, by in zip(layer, x.layers[i].branches, y.layers[i].branches, strict=True):
+            e_phi, f_phi, d_phi = _pair(branch, e, f, bx, by, not smooth_from_here)
+            cc = bx.c * by.c
+            apart = (bx.c - by.c).square() / 4
+            next_e = next_e + cc * e_phi + apart
+            keeps_f = keeps_f or f_phi is not None
+            next_f = next_f + cc * (1 - e_phi if f_phi is None else f_phi) + apart
+            slope = slope + cc * d_phi
+        # Where they differ by rounding, the smaller one is right.
+        e, f = next_e, 1 - next_e
+        if keeps_f:
+            e, f = torch.where(next_f < 0.5, 1 - next_f, e), torch.where(next_f < 0.5, next_f, f)
+        rho = f - e
+        tangent = rho + tangent * slope
+    return rho, tangent
+
+
+def _pair(
+    branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """e_phi, f_phi where it keeps its digits when it is small, and d_phi."""
+    if branch.code == IDENTITY:
+        return e, f, torch.ones_like(e)
+    if branch.homogeneous:
+        e_phi, d_phi = _piecewise_linear(branch.constants[1], e, f)
+        return e_phi, None, d_phi
+    roots, norms = x.q.sqrt() * y.q.sqrt(), x.norm * y.norm
+    amplitude = branch.constants[0] ** 2
+    odd = branch.code == ERF or (branch.code == SIN and branch.constants[2] == 1)
+    if branch.code == GELU:
+        kernel, derivative = gelu_kernels(x.q, y.q, roots * (f - e))
+        e_phi = (1 - amplitude * kernel / norms) / 2
+    else:
+        compute = {ERF: _erf, SIN: _sin, RBF: _rbf}[branch.code]
+        e_phi, derivative = compute(branch, e, f, x, y, stable)
+    f_phi = None
+    if stable and odd:
+        f_phi = {ERF: _erf, SIN: _sin}[branch.code](branch, f, e, x, y, stable)[0]
+    return e_phi, f_phi, amplitude * derivative * roots / norms
+
+
+def _half_angle(h: Tensor) -> Tensor:
+    """theta for h = sin(theta / 2)^2 <= 1/2; its derivative at 0 is taken for 0."""
+    positive = h > 0
+    return 2 * torch.asin(torch.where(positive, torch.where(positive, h, 0.25).sqrt(), 0.0))
+
+
+def _piecewise_linear(slope: float, e: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """max(z, 0) + slope min(z, 0), a mixture of the identity (``part``) and of relu.
+
+    For relu e_phi = e - (sin theta - theta cos theta) / (2 pi), where rounding does no harm: it is of the size of eps
+    theta, so of eps in the angle. Its values at theta and pi - theta differ by (e - f) / 2.
+    """
+    part = 2 * slope / (1 + slope * slope)
+    small = e <= f
+    h = torch.where(small, e, f)
+    theta = _half_angle(h)
+    positive = h > 0
+    sine = 2 * torch.where(positive, torch.where(positive, h, 0.25).sqrt(), 0.0) * (1 - h).sqrt()
+    relu = h - (sine - theta * (1 - 2 * h)) / (2 * math.pi)
+    angle = theta / math.pi
+    e_phi = torch.where(small, part * h, (1 + part) / 2 - h) + (1 - part) * relu
+    return e_phi, part + (1 - part) * torch.where(small, 1 - angle, angle)
+
+
+def _from_distance(branch: Branch, distance: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
+    """e_phi from E[(phi(f(x)) - phi(f(y)))^2] / amplitude^2."""
+    norms = x.norm * y.norm
+    return (branch.constants[0] ** 2 * distance - (x.norm - y.norm).square()) / (4 * norms)
+
+
+def _apart(sizes: Tensor, x: Tensor, y: Tensor, e: Tensor) -> Tensor:
+    """q + r - 2 c, from e and sqrt(q r)."""
+    return (x.sqrt() - y.sqrt()).square() + 4 * sizes * e
+
+
+def _erf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
+    """K = 2/pi asin(X), X = 2 c / sqrt((1 + 2q) (1 + 2r)): an angle once more, that of vectors with a part 1."""
+    frequency = branch.constants[1] ** 2
+    bx, by = 1 / (1 + 2 * frequency * x.q), 1 / (1 + 2 * frequency * y.q)  # the squared part of the ones
+    lengths = ((1 - bx) * (1 - by)).sqrt()
+    complement = bx + by - bx * by + 4 * lengths * lengths * e * f  # 1 - X^2
+    derivative = 4 * frequency / math.pi * (bx * by).sqrt() / complement.sqrt()
+    if not stable:
+        kernel = 2 / math.pi * torch.asin((lengths * (f - e)).clamp(-1, 1))
+        return (1 - branch.constants[0] ** 2 * kernel / (x.norm * y.norm)) / 2, derivative
+    # The angles eta = pi/2 - asin(X) of the pair and of each with itself, as differences: h = sin(eta / 2)^2.
+    apart = ((1 - bx).sqrt() - (1 - by).sqrt()).square() / 4 + lengths * e
+    hx, hy = bx / 2, by / 2
+    h = (hx + hy) / 2 + apart
+
+    def angle(difference: Tensor, own: Tensor) -> Tensor:
+        scale = (h * (1 - own)).sqrt() + (own * (1 - h)).sqrt()
+        return 2 * torch.asin((difference / scale.clamp_min(1e-150)).clamp(-1, 1))
+
+    distance = 2 / math.pi * (angle((hy - hx) / 2 + apart, hx) + angle((hx - hy) / 2 + apart, hy))
+    return _from_distance(branch, distance, x, y), derivative
+
+
+def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
+    """K = (U - cos(2 phase) V) / 2, U = exp(-b^2 D / 2), V = exp(-b^2 S / 2), D = q + r - 2c, S = q + r + 2c."""
+    b, even = branch.constants[1] ** 2, branch.constants[2]
+    roots = x.q.sqrt() * y.q.sqrt()
+    sign: float | Tensor = 1.0
+    if even == -1:  # the cosine does not know the sign of its argument
+        sign = torch.where(e <= f, 1.0, -1.0)
+        e, f = torch.where(e <= f, e, f), torch.where(e <= f, f, e)
+    apart = b / 2 * _apart(roots, x.q, y.q, e)
+    u, v = torch.exp(-apart), torch.exp(-b / 2 * _apart(roots, x.q, y.q, f))
+    px, py = torch.exp(-b * x.q), torch.exp(-b * y.q)
+    # px^2 + py^2 - 2 V, and V = px py exp(apart), which is exp(-b S / 2) where exp(apart) would overflow
+    lost = (px - py).square() + 2 * v * torch.expm1(-apart)
+    return _from_distance(branch, -torch.expm1(-apart) - even / 2 * lost, x, y), sign * b / 2 * (u + even * v)
+
+
+def _rbf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
+    """K = exp(-gamma D)."""
+    gamma = branch.constants[1]
+    apart = gamma * _apart(x.q.sqrt() * y.q.sqrt(), x.q, y.q, e)
+    return _from_distance(branch, -2 * torch.expm1(-apart), x, y), 2 * gamma * torch.exp(-apart)
+
+
+def gelu_kernels(q: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """K and K' of z Phi(z)."""
+    qq, rr = 1 + q, 1 + r
+    rest = qq * rr - c * c
+    j = 1 / (2 * math.pi * rest.sqrt())
+    i = 0.25 + torch.asin(c / (qq * rr).sqrt()) / (2 * math.pi)
+    kernel = c * i + j * (q * r - c * c + c * c / qq + c * c / rr)
+    return kernel, i + j * c * (1 / qq + 1 / rr + 1 / rest)
+
+
+class Problem(NamedTuple):
+    """The tensors of the operators: y is x where None; the scales in float64."""
+
+    x: Tensor
+    y: Tensor | None
+    weight_std: Tensor
+    bias_std: Tensor
+
+
+def _sides(problem: Problem, options: Options) -> tuple[tuple[Tensor, Rows], tuple[Tensor, Rows]]:
+    """Unit vectors, rounded as the precision says, and rows of both sides, in the dtype of x."""
+    found = []
+    dtype = problem.x.dtype
+    for points in problem.x, problem.y:
+        if points is not None:
+            unit, q = normalized(augment(points, problem.weight_std, problem.bias_std))
+            side = rows(q, problem.weight_std, problem.bias_std, options)
+            found.append((rounded(unit.to(dtype), options.precision), map_rows(side, lambda t: t.to(dtype))))
+    return found[0], found[-1]
+
+
+def _direct(x: Tensor, y: Tensor) -> bool:
+    compiling = torch.compiler.is_compiling()
+    return compiling or transforming(x, y) or x.shape[-2] * y.shape[-2] * x.shape[-1] <= _CHUNK
+
+
+def _kernels(x: tuple[Tensor, Rows], y: tuple[Tensor, Rows], options: Options) -> list[Tensor]:
+    """(..., N, M): NNGP, tangent kernel, or both."""
+    e, f = half_angles(x[0], y[0], _direct(x[0], y[0]))
+    first = map_rows(x[1], lambda t: t.unsqueeze(-1))
+    second = map_rows(y[1], lambda t: t.unsqueeze(-2))
+    found = cells(e, f, first, second, options)
+    scale = first.scale * second.scale
+    return [scale * t for t in (found if options.kind == 2 else found[options.kind : options.kind + 1])]
+
+
+def gram(problem: Problem, options: Options) -> Tensor:
+    """(K, ..., N, M), K = 1 or, for both kernels, 2."""
+    x, y = _sides(problem, options)
+    return torch.stack(_kernels(x, y, options))
+
+
+def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
+    """K(x, y) v for v (..., M, p), some rows at a time: (..., N, p)."""
+    (ux, rx), y = _sides(problem, options)
+    n = max(1, _CHUNK // max(1, y[0].numel()))
+    parts = []
+    for start in range(0, max(1, ux.shape[-2]), n):
+        some = (ux[..., start : start + n, :], map_rows(rx, lambda t: t[..., start : start + n]))  # noqa: B023
+        parts.append(_kernels(some, y, options)[0] @ v)
+    return torch.cat(parts, -2)
+
+
+def witness(problem: Problem, a: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """sum_j a_j k(x_i, y_j) and its gradient with respect to x: (..., N) and (..., N, d)."""
+    other = problem.x if problem.y is None else problem.y
+
+    def values(x: Tensor) -> Tensor:
+        return matvec(Problem(x, other, *problem[2:]), a.unsqueeze(-1), options).squeeze(-1)
+
+    value, pull = torch.func.vjp(values, problem.x)[:2]
+    return value, pull(torch.ones_like(value))[0]
+
+
+def diagonal(problem: Problem, options: Options) -> Tensor:
+    """k(x_i, x_i): (K, ..., N)."""
+    _, side = _sides(problem, options)[0]
+    e = torch.zeros_like(side.scale)
+    found = cells(e, 1 - e, side, side, options)
+    scale = side.scale.square()
+    return torch.stack([scale * t for t in (found if options.kind == 2 else found[options.kind : options.kind + 1])])
