@@ -43,9 +43,16 @@ def add(systems: dict[str, Any]) -> None:
         help="default: 8gaussians; density and ab are the published names of two pairs of images",
     )
     for name in ("--source", "--target"):
-        parser.add_setting(name, group=data, type=str, default=None, metavar="FILE", help="image, the darker the denser")
+        parser.add_setting(
+            name, group=data, type=str, default=None, metavar="FILE", help="image, the darker the denser"
+        )
     parser.add_setting(
-        "--points", group=data, type=positive, default=None, metavar="N", help="of each cloud (default: 500; digits: 1024)"
+        "--points",
+        group=data,
+        type=positive,
+        default=None,
+        metavar="N",
+        help="of each cloud (default: 500; digits: 1024)",
     )
 
     discriminator = parser.add_argument_group("discriminator")

@@ -159,7 +159,7 @@ class FiniteDiscriminator:
             self.network.reset([self.seed, self.trainings])
         self.trainings += 1
         rho, gamma = signs(n_fake, len(points) - n_fake, points)
-        parameters = list(self.network.parameters())
+        parameters: list[Tensor] = list(self.network.parameters())
         for _ in range(self.n_steps):
             f = self.network(points)
             gradients = torch.autograd.grad(f, parameters, gamma * self.loss.ascent(f.detach(), rho))

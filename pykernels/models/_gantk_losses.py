@@ -1,4 +1,4 @@
-"""Losses of GANs, and infinitely wide discriminators trained with them, in closed form or by their differential equation.
+"""Losses of GANs, and infinitely wide discriminators trained with them: in closed form, or by their equation.
 
 With N fake points x and M real ones y, let z be all of them, gamma = 1/(2N) and 1/(2M) their weights, K = k(z, z) the
 Gram matrix and rho = -1 on fake points, +1 on real ones. Trained from f = 0, a discriminator is at any time
@@ -15,8 +15,8 @@ matrix S = sqrt(gamma) K sqrt(gamma), A = sqrt(gamma) g(S) sqrt(gamma) rho for t
   approximation, as s is not linear: close for small t;
 - hinge, a = -max(0, 1 + f), b = max(0, 1 - f): grad L is -2 on fake points with f > -1, 2 on real ones with f < 1.
 
-Source: Franceschi et al., "A neural tangent kernel perspective of GANs", ICML 2022, sections 3 to 5 and its appendix. Signs
-are those that the equations above give: the paper's b of LSGAN and its solution of vanilla GANs have misprints.
+Source: Franceschi et al., "A neural tangent kernel perspective of GANs", ICML 2022. Signs are those that the equations
+above give: b of LSGAN and the solution of vanilla GANs have misprints there.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def spectral_weights(
     start = root * rho
     if gram is not None:
         values, vectors = torch.linalg.eigh(root[:, None] * gram * root)
-        return root * (vectors @ (function(values, time) * (start @ vectors)))
+        weights: Tensor = root * (vectors @ (function(values, time) * (start @ vectors)))
+        return weights
     return root * lanczos(lambda v: root * product(root * v), start, lambda u: function(u, time))
 
 
@@ -169,7 +170,8 @@ def lanczos(product: Product, start: Tensor, function: Callable[[Tensor], Tensor
             break
         beside.append(length)
         basis[k + 1] = w / length
-    return norm * (coefficients.to(start) @ basis[: k + 1])
+    result: Tensor = norm * (coefficients.to(start) @ basis[: k + 1])
+    return result
 
 
 def _first_column(diagonal: list[float], beside: list[float], function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -177,7 +179,8 @@ def _first_column(diagonal: list[float], beside: list[float], function: Callable
     off = torch.tensor(beside, dtype=torch.float64)
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ (function(values) * vectors[0])
+    column: Tensor = vectors @ (function(values) * vectors[0])
+    return column
 
 
 def saturation(u: Tensor, time: float) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -34,9 +37,7 @@ def half_squared_w2(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     return float(cost[rows, columns].mean())
 
 
-def sinkhorn_divergence(
-    x: npt.ArrayLike, y: npt.ArrayLike, *, blur: float = BLUR, scaling: float = SCALING
-) -> float:
+def sinkhorn_divergence(x: npt.ArrayLike, y: npt.ArrayLike, *, blur: float = BLUR, scaling: float = SCALING) -> float:
     """The Sinkhorn divergence of two clouds for the cost |x - y|^2 / 2, by GeomLoss (the extra ``gantk``).
 
     Close to half the squared 2-Wasserstein distance, down to about ``blur**2``. The defaults are the published ones.
@@ -49,7 +50,8 @@ def sinkhorn_divergence(
         InputError: if they have other shapes, or numbers that are not finite. A :class:`ValueError`.
         MissingExtraError: if GeomLoss is not installed. A :class:`ModuleNotFoundError`.
     """
-    geomloss = require("geomloss", "geomloss", "gantk", "the Sinkhorn divergence")
+    with redirect_stdout(sys.stderr):  # where KeOps says that it finds no GPU
+        geomloss = require("geomloss", "geomloss", "gantk", "the Sinkhorn divergence")
     x, y = _clouds(x, y)
     loss = geomloss.SamplesLoss("sinkhorn", p=2, blur=blur, scaling=scaling, backend="tensorized")
     return float(loss(torch.from_numpy(x), torch.from_numpy(y)))

@@ -112,7 +112,8 @@ def _draw_points(panel: Any, positions: Array, real: Array, limits: tuple[Array,
 def _draw_field(panel: Any, positions: Array, field: Field) -> None:
     if positions.shape[1] != 2:
         return
-    x, y = np.meshgrid(*(np.linspace(*limits, ARROWS) for limits in (panel.get_xlim(), panel.get_ylim())))
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+    x, y = np.meshgrid(np.linspace(left, right, ARROWS), np.linspace(low, high, ARROWS))
     directions = field(np.stack([x.ravel(), y.ravel()], 1), positions)
     if directions is None:
         return

@@ -10,9 +10,9 @@ f(.) = sum_j A_j k(., z_j), z = (x, y); of finite width, it is a network and goe
 A generator network adds its own kernel k_g between the particles: x_i <- x_i - (eta / N) sum_j k_g(u_i, u_j) grad
 c(f(x_j)), u its inputs.
 
-Source: Franceschi, de Bezenac, Ayed, Chen, Lamprier and Gallinari, "A neural tangent kernel perspective of GANs", ICML 2022,
-and the theses of its first three authors (Sorbonne Universite), from whose released program come the scale of eta, that
-the last layer has no bias, and that the first layer divides by the square root of the dimension.
+Source: Franceschi, de Bezenac, Ayed, Chen, Lamprier and Gallinari, "A neural tangent kernel perspective of GANs", ICML
+2022, and the theses of its first three authors (Sorbonne Universite). From their released program come the scale of
+eta, that the last layer has no bias, and that the first one divides by the square root of the dimension.
 
 Checkpoints need safetensors (the extra ``models``), exact distances SciPy (the extra ``gantk``).
 """

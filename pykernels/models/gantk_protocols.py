@@ -1,9 +1,9 @@
-"""The experiments of :mod:`pykernels.models.gantk`: particle descents scored beside the published ones, gradient fields of
-a single particle and a single target, and networks of growing width beside their limit.
+"""The experiments of :mod:`pykernels.models.gantk`: particle descents scored beside the published ones, gradient fields
+of a single particle and a single target, and networks of growing width beside their limit.
 
-A descent is scored by half the squared 2-Wasserstein distance of the particles and their target, exactly, by assignment,
-and by the published Sinkhorn divergence, which is close to it down to about 1e-6. A descent has a fixed step, so that it
-can rise again late: the lowest distance on the way is reported too.
+A descent is scored by half the squared 2-Wasserstein distance of the particles and their target, exactly, by
+assignment, and by the published Sinkhorn divergence, which is close to it down to about 1e-6. As its step is fixed, the
+distance can rise again late: the lowest one on the way is reported too.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ def adequacy(
 def generator_gram(inputs: npt.ArrayLike, kernel: str = "relu") -> Array:
     """Gram matrix (N, N) of a generator's kernel at its inputs (N, d), divided by its largest eigenvalue.
 
-    With it the steps of a :class:`pykernels.models.gantk.ParticleDescent` are at most as long as without. Each output of
-    the generator has the same kernel.
+    With it the steps of a :class:`pykernels.models.gantk.ParticleDescent` are at most as long as without. Each output
+    of the generator has the same kernel.
     """
     architecture = KERNELS[kernel]
     points = torch.as_tensor(np.asarray(inputs, dtype=np.float64))

@@ -25,11 +25,11 @@ incorporating prior scientific knowledge", ICLR 2018, as in the thesis of E. de 
 - ``advection_diffusion.csv``: test mean squared error over six days of normalised images, and seconds for a forecast on
   a GPU (the first row's: on a CPU). The data are not public, and the unit of the errors is not given.
 
-Particles under a discriminator. Source: Franceschi et al., "A neural tangent kernel perspective of GANs", ICML 2022, as in
-the theses of its authors J.-Y. Franceschi, E. de Bezenac and I. Ayed (Sorbonne Universite):
+Particles under a discriminator. Source: Franceschi et al., "A neural tangent kernel perspective of GANs", ICML 2022, as
+in the theses of its authors J.-Y. Franceschi, E. de Bezenac and I. Ayed (Sorbonne Universite):
 
-- ``gantk.csv``: Sinkhorn divergence of the particles and their target at the end, mean and standard deviation over three
-  runs, for infinitely wide discriminators, finite ones, and finite ones with all weights drawn anew at each step.
+- ``gantk.csv``: Sinkhorn divergence of the particles and their target at the end, mean and standard deviation over
+  three runs, for infinitely wide discriminators, finite ones, and finite ones with new weights at each step.
 """
 
 from __future__ import annotations
