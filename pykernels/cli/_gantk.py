@@ -27,6 +27,7 @@ DATA = ("8gaussians", "digits", "density", "ab", "images")
 LOSSES = ("ipm", "lsgan", "vanilla", "hinge")
 KERNELS = ("relu", "rbf", "relu_no_bias", "sigmoid", "relu+sin")
 PARTICLES = "particles.safetensors"
+PUBLISHED_WIDTH = 128
 
 
 def add(systems: dict[str, Any]) -> None:
@@ -34,33 +35,10 @@ def add(systems: dict[str, Any]) -> None:
     parser: Parser = systems["reproduce"].add_parser(
         "gantk", help="particles under a discriminator of infinite width", description=_reproduce.__doc__
     )
-    data = parser.add_argument_group("data")
-    parser.add_setting(
-        "--data",
-        group=data,
-        choices=DATA,
-        default="8gaussians",
-        help="default: 8gaussians; density and ab are the published names of two pairs of images",
-    )
-    for name in ("--source", "--target"):
-        parser.add_setting(
-            name, group=data, type=str, default=None, metavar="FILE", help="image, the darker the denser"
-        )
-    parser.add_setting(
-        "--points",
-        group=data,
-        type=positive,
-        default=None,
-        metavar="N",
-        help="of each cloud (default: 500; digits: 1024)",
-    )
-
+    add_data(parser)
     discriminator = parser.add_argument_group("discriminator")
-    parser.add_setting("--loss", group=discriminator, choices=LOSSES, default="ipm", help="default: ipm")
-    parser.add_setting("--kernel", group=discriminator, choices=KERNELS, default="relu", help="default: relu")
+    add_discriminator(parser, discriminator)
     for option, kind, metavar, text in (
-        ("--time", positive_number, "X", "of the training of an infinitely wide one"),
-        ("--solver", str, "NAME", "of an infinitely wide one: closed, lanczos, eigenvalues or ode, as the loss has it"),
         ("--width", positive, "N", "of the hidden layers; without it, it is infinitely wide"),
         ("--learning-rate", positive_number, "X", "of one of finite width"),
     ):
@@ -101,6 +79,66 @@ def add(systems: dict[str, Any]) -> None:
     table.set_defaults(run=_table)
 
 
+def add_data(parser: Parser) -> None:
+    """What the points are, for :func:`check_data` and :func:`clouds`."""
+    data = parser.add_argument_group("data")
+    parser.add_setting(
+        "--data",
+        group=data,
+        choices=DATA,
+        default="8gaussians",
+        help="default: 8gaussians; density and ab are the published names of two pairs of images",
+    )
+    for name in ("--source", "--target"):
+        parser.add_setting(
+            name, group=data, type=str, default=None, metavar="FILE", help="image, the darker the denser"
+        )
+    parser.add_setting(
+        "--points",
+        group=data,
+        type=positive,
+        default=None,
+        metavar="N",
+        help="of each cloud (default: 500; digits: 1024)",
+    )
+
+
+def add_discriminator(parser: Parser, group: Any) -> None:
+    """What an infinitely wide discriminator is."""
+    parser.add_setting("--loss", group=group, choices=LOSSES, default="ipm", help="default: ipm")
+    parser.add_setting("--kernel", group=group, choices=KERNELS, default="relu", help="default: relu")
+    for option, kind, metavar, text in (
+        ("--time", positive_number, "X", "of the training of an infinitely wide one (default: 1; digits: 1000)"),
+        ("--solver", str, "NAME", "of an infinitely wide one: closed, lanczos, eigenvalues or ode, as the loss has it"),
+    ):
+        parser.add_setting(option, group=group, type=kind, default=None, metavar=metavar, help=text)
+
+
+def check_data(settings: argparse.Namespace) -> None:
+    """Raise unless images are given where there must be, and only there.
+
+    Raises:
+        InputError: naming the option.
+    """
+    given = [settings.source is not None, settings.target is not None]
+    if settings.data in ("8gaussians", "digits"):
+        if any(given):
+            raise InputError("--source and --target are images; they need --data images, density or ab")
+    elif not all(given):
+        raise InputError(f"--data {settings.data} needs --source and --target, two images")
+
+
+def clouds(settings: argparse.Namespace, seed: int) -> PointClouds:
+    """The points of a seed."""
+    from pykernels.data import digits, eight_gaussians, image_densities
+
+    if settings.data == "8gaussians":
+        return eight_gaussians(settings.points or 500, seed=seed)
+    if settings.data == "digits":
+        return digits(settings.points or 1024, seed=seed)
+    return image_densities(settings.source, settings.target, settings.points or 500, seed=seed)
+
+
 class _Job(Job):
     """Descents of one setting, one for each seed."""
 
@@ -111,11 +149,7 @@ class _Job(Job):
         super().__init__(args)
         require("scipy.optimize", "scipy", "gantk", "the exact distance")
         s = self.settings
-        if s.data in ("8gaussians", "digits"):
-            if s.source is not None or s.target is not None:
-                raise InputError("--source and --target are images; they need --data images, density or ab")
-        elif s.source is None or s.target is None:
-            raise InputError(f"--data {s.data} needs --source and --target, two images")
+        check_data(s)
         if s.width is None and (s.reset or s.learning_rate is not None):
             raise InputError("--reset and --learning-rate are of discriminators of finite width; give --width")
         if s.width is not None and (s.time is not None or s.solver is not None):
@@ -126,18 +160,10 @@ class _Job(Job):
 
         self.discriminator = "infinite" if s.width is None else "reset" if s.reset else "finite"
         self.published = published_settings(s.data, s.loss, s.kernel, self.discriminator)
+        if s.width not in (None, PUBLISHED_WIDTH):
+            self.discriminator += f", width {s.width}"
         self.n_steps = s.iterations or self.published.n_steps
         self.step_size = s.step or self.published.step_size
-
-    def data(self, seed: int) -> PointClouds:
-        from pykernels.data import digits, eight_gaussians, image_densities
-
-        s = self.settings
-        if s.data == "8gaussians":
-            return eight_gaussians(s.points or 500, seed=seed)
-        if s.data == "digits":
-            return digits(s.points or 1024, seed=seed)
-        return image_densities(s.source, s.target, s.points or 500, seed=seed)
 
     def descent(self, data: PointClouds, seed: int) -> ParticleDescent:
         """The descent of a seed, which draws the clouds, and the weights of a finite discriminator."""
@@ -187,7 +213,7 @@ class _Job(Job):
         backend = nullcontext() if self.settings.backend is None else pykernels.backend(self.settings.backend)
         with backend, self.run(METRICS, saved.values["metrics"] if saved else None) as run:
             for seed in seeds[len(reports) :]:
-                data = self.data(seed)
+                data = clouds(self.settings, seed)
                 descent = self.descent(data, seed)
                 if saved is not None:
                     saved.restore([descent])
@@ -285,7 +311,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     from pykernels.models.gantk_protocols import descent_table
 
     seeds = range(job.settings.seed, job.settings.seed + job.settings.seeds)
-    data = job.data(seeds[0])
+    data = clouds(job.settings, seeds[0])
     job.descent(data, seeds[0])  # what is wrong is said before anything is written
     job.begin(data.describe())
     job.say(

@@ -10,6 +10,7 @@ perspective of GANs", ICML 2022; the images there are those of the examples of G
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,15 @@ class PointClouds:
     pixels: tuple[int, int] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Sizes, for JSON."""
-        return {"name": self.name, "fake": len(self.fake), "real": len(self.real), "dimension": self.fake.shape[1]}
+        """Sizes, and a fingerprint of the numbers, for JSON."""
+        content = hashlib.sha256(np.ascontiguousarray(self.fake).tobytes() + np.ascontiguousarray(self.real).tobytes())
+        return {
+            "name": self.name,
+            "fake": len(self.fake),
+            "real": len(self.real),
+            "dimension": self.fake.shape[1],
+            "sha256": content.hexdigest()[:16],
+        }
 
 
 def eight_gaussians(

@@ -16,7 +16,7 @@ from pykernels.models._picture import COLOURS, _saved
 Array: TypeAlias = npt.NDArray[np.float64]
 Field: TypeAlias = Callable[[Array, Array], Array | None]
 
-ARROWS = 21  # along each axis
+ARROWS = 19  # along each axis
 SHOWN_FRAMES = 30
 MILLISECONDS = 120  # that a frame of the animation is shown, the last one ten times as long
 IMAGES = (4, 8)  # rows and columns of those that are shown
@@ -27,13 +27,14 @@ def descent_picture(
     frames: Sequence[tuple[int, Array]],
     real: Array,
     distances: Sequence[tuple[int, float]],
-    field: Field,
+    field: Field | None,
     *,
     title: str,
+    unit: str = "half squared 2-Wasserstein distance",
     pixels: tuple[int, int] | None = None,
     suffix: str = ".png",
 ) -> bytes:
-    """Particles at first, in between and at the end, beside their target, and the distance to it.
+    """Points at first, in between and at the end, beside their target, and the distance to it.
 
     In the plane, arrows show where the discriminator sends a particle; their colour is how fast, as a share of the
     fastest. Where points are images, some are shown.
@@ -41,14 +42,15 @@ def descent_picture(
     Args:
         frames: steps and positions, (N, d).
         real: the target, (M, d).
-        distances: steps and half squared 2-Wasserstein distances; may be empty.
+        distances: steps and distances; may be empty.
         field: from places (P, 2) and particles (N, 2), directions (P, 2), or None where they are not known.
         title: of the whole.
+        unit: of the distances.
         pixels: (height, width) of the image that each point is, or None.
         suffix: format of the picture.
     """
     figure_module = require("matplotlib.figure", "matplotlib", "plot", "a picture")
-    chosen = [frames[0], frames[len(frames) // 2], frames[-1]]
+    chosen = [frames[i] for i in sorted({0, len(frames) // 2, len(frames) - 1})]
     columns = len(chosen) + (1 if pixels is not None else 0) + (1 if distances else 0)
     figure = figure_module.Figure(figsize=(3.7 * columns, 4.1), layout="constrained")
     figure.suptitle(title, fontsize=12)
@@ -56,7 +58,8 @@ def descent_picture(
     for panel, (step, positions) in zip(panels, chosen, strict=False):
         if pixels is None:
             _draw_points(panel, positions, real, _limits(frames, real))
-            _draw_field(panel, positions, field)
+            if field is not None:
+                _draw_field(panel, positions, field)
         else:
             _draw_images(panel, positions, pixels)
         panel.set_title("at first" if step == 0 else f"after {step} steps", fontsize=10)
@@ -69,7 +72,7 @@ def descent_picture(
         steps, values = zip(*distances, strict=True)
         panels[-1].plot(steps, values, color=COLOURS[2], marker="." if len(steps) < 50 else None)
         panels[-1].set(xlabel="step", yscale="log")
-        panels[-1].set_title("half squared 2-Wasserstein distance", fontsize=10)
+        panels[-1].set_title(unit, fontsize=10)
         panels[-1].spines[["top", "right"]].set_visible(False)
     return _saved(figure, suffix)
 

@@ -34,6 +34,7 @@ from pykernels._errors import InputError
 from pykernels.models import _checkpoint
 from pykernels.models._checkpoint import damage_named
 from pykernels.models._gantk_finite import FiniteDiscriminator, WideNetwork
+from pykernels.models._gantk_generator import Generator, GeneratorTraining, WitnessLoss
 from pykernels.models._gantk_kernels import KERNELS, InfiniteDiscriminator, mmd
 from pykernels.models._gantk_losses import LOSSES, Loss
 from pykernels.models._gantk_metrics import half_squared_w2, sinkhorn_divergence
@@ -43,9 +44,12 @@ __all__ = [
     "KERNELS",
     "LOSSES",
     "FiniteDiscriminator",
+    "Generator",
+    "GeneratorTraining",
     "InfiniteDiscriminator",
     "ParticleDescent",
     "WideNetwork",
+    "WitnessLoss",
     "descend",
     "half_squared_w2",
     "load_particles",
