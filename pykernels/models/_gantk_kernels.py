@@ -110,6 +110,8 @@ class InfiniteDiscriminator:
         gram = None
         if self.solver == "eigenvalues" or len(points) <= LARGEST_GRAM:
             gram = self.ntk.gram(points, kind=self.kind, backend=self.backend)
+            if not math.isfinite(float(gram.sum())):
+                raise FloatingPointError("the kernel is not finite")
         product: Product = self._product if gram is None else gram.__matmul__
         if self.solver == "ode":
             self.weights = ode_weights(self.loss, product, rho, gamma, self.time)

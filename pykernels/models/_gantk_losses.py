@@ -160,6 +160,8 @@ def lanczos(product: Product, start: Tensor, function: Callable[[Tensor], Tensor
     for k in range(len(basis)):
         w = product(basis[k])
         diagonal.append(float(w @ basis[k]))
+        if not math.isfinite(diagonal[-1]):
+            raise FloatingPointError("the kernel is not finite")
         for _ in range(2):
             w = w - (basis[: k + 1] @ w) @ basis[: k + 1]
         length = float(torch.linalg.vector_norm(w))

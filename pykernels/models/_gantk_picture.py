@@ -18,7 +18,8 @@ Field: TypeAlias = Callable[[Array, Array], Array | None]
 
 ARROWS = 19  # along each axis
 SHOWN_FRAMES = 30
-MILLISECONDS = 120  # that a frame of the animation is shown, the last one ten times as long
+MILLISECONDS = 120  # that a frame of the animation is shown
+STILL = 10  # times as long for the last one
 IMAGES = (4, 8)  # rows and columns of those that are shown
 FAKE, REAL = COLOURS[1], COLOURS[0]
 
@@ -91,7 +92,7 @@ def descent_animation(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "descent.gif"
         with writer.saving(figure, str(path), dpi=72):
-            for number in [*numbers, *[numbers[-1]] * 9]:
+            for number in [*numbers, *[numbers[-1]] * (STILL - 1)]:
                 step, positions = frames[number]
                 figure.clear()
                 panel = figure.subplots()

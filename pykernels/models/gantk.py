@@ -175,18 +175,20 @@ class ParticleDescent:
         if self.done:
             raise RuntimeError(f"this descent is done, after {self.steps_done} steps")
         start = time.perf_counter()
-        if self._capture:
-            self._replay()
-        else:
-            self._move()
+        try:
+            if self._capture:
+                self._replay()
+            else:
+                self._move()
+            if not self._capture or self.steps_done % CAPTURED_READS == 0:
+                self._last_cost = self._cost.item()
+                if not math.isfinite(self._last_cost):
+                    raise FloatingPointError(f"the cost is {self._last_cost}")
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"the descent diverges at step {self.steps_done + 1}: {error}; use a smaller step size"
+            ) from error
         self.steps_done += 1
-        if not self._capture or self.steps_done % CAPTURED_READS == 1:
-            self._last_cost = self._cost.item()
-            if not math.isfinite(self._last_cost):
-                raise FloatingPointError(
-                    f"the descent diverges at step {self.steps_done}: the cost is {self._last_cost}; "
-                    "use a smaller step_size"
-                )
         self.seconds += time.perf_counter() - start
         if self.steps_done in self._frame_steps:
             self.frames.append((self.steps_done, self.particles))
