@@ -17,7 +17,7 @@ BLUR, SCALING = 0.001, 0.95  # as published
 def half_squared_w2(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     """Half the squared 2-Wasserstein distance of two clouds of as many points, exactly.
 
-    It is the least mean of |x_i - y_s(i)|^2 / 2 over all assignments s. Needs SciPy (the extra ``gantk``).
+    It is the least mean of ``|x_i - y_s(i)|^2 / 2`` over all assignments s. Needs SciPy (the extra ``gantk``).
 
     Args:
         x, y: both (N, d).
@@ -38,7 +38,7 @@ def half_squared_w2(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
 
 
 def sinkhorn_divergence(x: npt.ArrayLike, y: npt.ArrayLike, *, blur: float = BLUR, scaling: float = SCALING) -> float:
-    """The Sinkhorn divergence of two clouds for the cost |x - y|^2 / 2, by GeomLoss (the extra ``gantk``).
+    """The Sinkhorn divergence of two clouds for the cost ``|x - y|^2 / 2``, by GeomLoss (the extra ``gantk``).
 
     Close to half the squared 2-Wasserstein distance, down to about ``blur**2``. The defaults are the published ones.
 

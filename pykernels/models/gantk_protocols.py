@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +41,13 @@ Array: TypeAlias = npt.NDArray[np.float64]
 #: The points of the published adequacy figure.
 OVERLAPPING = (1.5 * np.array([-1.2, -1.34, -0.8, -0.7, -0.2]), 1.5 * np.array([0.6, 1, 1.23, 1.32, -1.1, -1, -1.8]))
 SEPARATE = (1.5 * np.array([-1.2, -1.34, -0.8, -0.7, -0.3]), 1.5 * np.array([0.6, 1, 1.23, 1.32, 0.2]))
+#: Of the step size: gradients of sigmoids are as much smaller, and those of sines larger (the latter not published).
+STEP_FACTORS = {"sigmoid": 1000.0, "relu+sin": 0.25}
 ADEQUACY_STEPS, ADEQUACY_RATE = 10, 0.1
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True)
+class Settings:
     """Of a descent.
 
     Attributes:
@@ -73,8 +76,7 @@ def published_settings(data: str, loss: str, kernel: str, discriminator: str = "
     n_steps = {"8gaussians": 20_000, "digits": 50_000}.get(data, 10_000)
     finite_lsgan = loss == "lsgan" and discriminator != "infinite"
     step_size = 1.0 if finite_lsgan else 100.0 if discriminator == "finite" or data == "digits" else 1000.0
-    if kernel == "sigmoid":  # whose gradients are as much smaller
-        step_size *= 1000
+    step_size *= STEP_FACTORS.get(kernel, 1.0)
     learning_rate = 0.1 if loss == "lsgan" or discriminator == "reset" else 0.01
     return Settings(n_steps, step_size, 1000.0 if data == "digits" else 1.0, learning_rate, not finite_lsgan)
 
@@ -108,16 +110,17 @@ def descent_table(results: Iterable[Mapping[str, Any]]) -> str:
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for result in results:
         key = tuple(str(result[name]) for name in ("data", "loss", "discriminator", "kernel"))
-        groups.setdefault((*key, str(result["n_steps"])), []).extend(result["runs"])
+        steps = f"{result['n_steps']} x {result['step_size']:g}"
+        groups.setdefault((*key, steps), []).extend(result["runs"])
     lines = [
-        "| data | loss | discriminator | kernel | steps | runs | half squared W2, exact | lowest on the way "
+        "| data | loss | discriminator | kernel | steps x eta | runs | half squared W2, exact | lowest on the way "
         "| Sinkhorn divergence | published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (data, loss, discriminator, kernel, n_steps), runs in groups.items():
+    for (data, loss, discriminator, kernel, steps), runs in groups.items():
         published = published_particles(data, loss, discriminator, kernel)
         lines.append(
-            f"| {data} | {LOSSES[loss].title} | {discriminator} | {KERNELS[kernel].title} | {n_steps} | {len(runs)} "
+            f"| {data} | {LOSSES[loss].title} | {discriminator} | {KERNELS[kernel].title} | {steps} | {len(runs)} "
             f"| {spread([run.get('half_w2') for run in runs])} | {spread([run.get('lowest_half_w2') for run in runs])} "
             f"| {spread([run['sinkhorn'] for run in runs])} "
             f"| {'' if published is None else f'{published[0]:.2e} ± {published[1]:.2e}'} |"

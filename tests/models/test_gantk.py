@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -604,23 +605,31 @@ def test_generators_learn_and_go_on_bit_for_bit(tmp_path):
 
 
 def test_published_settings_and_figures():
-    assert published_settings("8gaussians", "ipm", "relu") == (20_000, 1000.0, 1.0, 0.01, True)
-    assert published_settings("8gaussians", "ipm", "sigmoid", "finite")[1:] == (1e5, 1.0, 0.01, True)
-    assert published_settings("density", "ipm", "relu", "reset") == (10_000, 1000.0, 1.0, 0.1, True)
-    assert published_settings("ab", "lsgan", "relu", "finite") == (10_000, 1.0, 1.0, 0.1, False)
-    assert published_settings("digits", "ipm", "relu") == (50_000, 100.0, 1000.0, 0.01, True)
+    assert astuple(published_settings("8gaussians", "ipm", "relu")) == (20_000, 1000.0, 1.0, 0.01, True)
+    assert astuple(published_settings("8gaussians", "ipm", "sigmoid", "finite"))[1:] == (1e5, 1.0, 0.01, True)
+    assert published_settings("8gaussians", "vanilla", "relu+sin").step_size == 250
+    assert astuple(published_settings("density", "ipm", "relu", "reset")) == (10_000, 1000.0, 1.0, 0.1, True)
+    assert astuple(published_settings("ab", "lsgan", "relu", "finite")) == (10_000, 1.0, 1.0, 0.1, False)
+    assert astuple(published_settings("digits", "ipm", "relu")) == (50_000, 100.0, 1000.0, 0.01, True)
     assert published_particles("8gaussians", "ipm", "infinite", "relu") == (9.40e-7, 2.71e-7)
     assert published_particles("ab", "lsgan", "finite", "sigmoid") == (8.78e-2, 2.23e-2)
     assert published_particles("8gaussians", "hinge", "infinite", "relu") is None
 
 
 def test_table():
-    result = {"data": "8gaussians", "loss": "ipm", "discriminator": "infinite", "kernel": "relu", "n_steps": 20000}
+    result = {
+        "data": "8gaussians",
+        "loss": "ipm",
+        "discriminator": "infinite",
+        "kernel": "relu",
+        "n_steps": 20000,
+        "step_size": 1e3,
+    }
     runs = [{"half_w2": 1e-6, "lowest_half_w2": 9e-7, "sinkhorn": 2e-6}, {"half_w2": 2e-6, "lowest_half_w2": 2e-6}]
     runs[1]["sinkhorn"] = None
     first, second = ({**result, "runs": [run]} for run in runs)
     row = descent_table([first, second]).splitlines()[2]
-    assert "| 2 | 1.50e-06 ± 7.07e-07 | 1.45e-06 ± 7.78e-07 |  | 9.40e-07 ± 2.71e-07 |" in row
+    assert "| 20000 x 1000 | 2 | 1.50e-06 ± 7.07e-07 | 1.45e-06 ± 7.78e-07 |  | 9.40e-07 ± 2.71e-07 |" in row
     other = descent_table([first, {**second, "loss": "hinge"}]).splitlines()
     assert other[2].endswith("| 1 | 1.00e-06 | 9.00e-07 | 2.00e-06 | 9.40e-07 ± 2.71e-07 |")
     assert other[3].endswith("| 1 | 2.00e-06 | 2.00e-06 |  |  |")
