@@ -165,11 +165,13 @@ def lanczos(product: Product, start: Tensor, function: Callable[[Tensor], Tensor
         for _ in range(2):
             w = w - (basis[: k + 1] @ w) @ basis[: k + 1]
         length = float(torch.linalg.vector_norm(w))
-        coefficients = _first_column(diagonal, beside, function)
         largest = max(map(abs, diagonal))
-        small = abs(float(coefficients[-1])) * length <= tolerance * largest * float(coefficients.norm())
-        if length <= 1e-14 * largest or small or k + 1 == len(basis):
-            break
+        last = length <= 1e-14 * largest or k + 1 == len(basis)
+        if last or (k > 3 and k % 2):  # looking takes as long as a product
+            coefficients = _first_column(diagonal, beside, function)
+            carried = abs(float(coefficients[-1])) * length
+            if last or carried <= tolerance * largest * float(torch.linalg.vector_norm(coefficients)):
+                break
         beside.append(length)
         basis[k + 1] = w / length
     result: Tensor = norm * (coefficients.to(start) @ basis[: k + 1])
