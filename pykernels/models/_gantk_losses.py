@@ -46,6 +46,7 @@ class Loss(NamedTuple):
         ascent: gradient of L at f, per weight, from f and rho.
         slope: derivative of the generator's cost c(f).
         cost: c(f).
+        rate: how fast the ascent falls with f, at most (of hinge, whose ascent jumps, what counts for the steps).
         solvers: how A can be found, the default first.
     """
 
@@ -53,6 +54,7 @@ class Loss(NamedTuple):
     ascent: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     cost: Callable[[Tensor], Tensor]
+    rate: float
     solvers: tuple[str, ...]
 
 
@@ -61,18 +63,19 @@ def _hinge_ascent(f: Tensor, rho: Tensor) -> Tensor:
 
 
 LOSSES = {
-    "ipm": Loss("IPM", lambda f, rho: -2 * rho + 0 * f, torch.ones_like, lambda f: f, ("closed", "ode")),
+    "ipm": Loss("IPM", lambda f, rho: -2 * rho + 0 * f, torch.ones_like, lambda f: f, 0.0, ("closed", "ode")),
     "lsgan": Loss(
-        "LSGAN", lambda f, rho: 4 * (rho - f), lambda f: 2 * f, torch.square, ("lanczos", "eigenvalues", "ode")
+        "LSGAN", lambda f, rho: 4 * (rho - f), lambda f: 2 * f, torch.square, 4.0, ("lanczos", "eigenvalues", "ode")
     ),
     "vanilla": Loss(
         "vanilla GAN",
         lambda f, rho: 1 + rho - 2 * f.sigmoid(),
         lambda f: f.sigmoid() - 1,
         lambda f: -torch.nn.functional.logsigmoid(f),
+        0.5,
         ("ode", "lanczos", "eigenvalues"),
     ),
-    "hinge": Loss("hinge", _hinge_ascent, lambda f: -torch.ones_like(f), torch.neg, ("ode",)),
+    "hinge": Loss("hinge", _hinge_ascent, lambda f: -torch.ones_like(f), torch.neg, 2.0, ("ode",)),
 }
 
 
@@ -122,13 +125,13 @@ def ode_weights(
         product: v -> K v.
         rho, gamma: (N + M,).
         time: of the training.
-        steps: how many; None for as many as it takes to follow the fastest eigenvector, at least 20.
+        steps: how many; None for two in the time that the fastest eigenvector takes to settle, and at least 20.
     """
     if steps is None:
-        # Of all rows of K gamma, the largest sum of absolute values is an upper bound of its eigenvalues; kernels of
-        # tangents are nearly always positive, so that the sum itself will do.
-        bound = float(product(gamma).abs().max())
-        steps = max(ODE_STEPS, math.ceil(8 * time * bound))
+        largest = float(product(gamma).abs().max())  # of the eigenvalues, where the kernel is positive, as it mostly is
+        if not math.isfinite(largest):
+            raise FloatingPointError("the kernel is not finite")
+        steps = max(ODE_STEPS, math.ceil(2 * loss.rate * time * largest))
     times = torch.tensor([0.0, time], dtype=rho.dtype, device=rho.device)
     path: Tensor = odeint(
         lambda t, a: gamma * loss.ascent(product(a), rho),
