@@ -20,7 +20,7 @@ ARROWS = 19  # along each axis
 SHOWN_FRAMES = 30
 MILLISECONDS = 120  # that a frame of the animation is shown
 STILL = 10  # times as long for the last one
-IMAGES = (4, 8)  # rows and columns of those that are shown
+IMAGES = (6, 6)  # rows and columns of those that are shown
 FAKE, REAL = COLOURS[1], COLOURS[0]
 
 
