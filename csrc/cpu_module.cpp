@@ -23,6 +23,7 @@
 #include "flow_penalties.hpp"
 #include "gaussian_warp.hpp"
 #include "latent_ode.hpp"
+#include "ntk_gram.hpp"
 
 namespace py = pybind11;
 
@@ -443,4 +444,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     bind_flow_penalties(m);
     bind_gaussian_warp(m);
     bind_latent_ode(m);
+    bind_ntk_gram(m);
 }

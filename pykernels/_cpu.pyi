@@ -151,3 +151,36 @@ def gaussian_warp_backward_float(
 
 gaussian_warp_forward_double = gaussian_warp_forward_float
 gaussian_warp_backward_double = gaussian_warp_backward_float
+
+class NtkNetwork:
+    def __init__(
+        self,
+        counts: list[int],
+        codes: list[int],
+        constants: list[float],
+        offsets: list[float],
+        weight_std: list[float],
+        bias_std: list[float],
+        /,
+    ) -> None: ...
+
+_NtkSizes = tuple[int, int, int, int, int, int, int]
+_NtkPoints = tuple[int, int, int, int, int, int]
+
+def ntk_gram_float(network: NtkNetwork, sizes: _NtkSizes, points: _NtkPoints, result: int, /) -> None: ...
+def ntk_matvec_float(
+    network: NtkNetwork, sizes: _NtkSizes, points: _NtkPoints, v: int, columns: int, product: int, /
+) -> None: ...
+def ntk_witness_float(
+    network: NtkNetwork,
+    sizes: _NtkSizes,
+    points: _NtkPoints,
+    columns: int,
+    dense_stride: tuple[int, ...],
+    arrays: list[int],
+    /,
+) -> None: ...
+
+ntk_gram_double = ntk_gram_float
+ntk_matvec_double = ntk_matvec_float
+ntk_witness_double = ntk_witness_float

@@ -173,6 +173,26 @@ PK_INLINE Vec<T> select_le(Vec<T> x, Vec<T> bound, Vec<T> yes, Vec<T> no) {
     return no;
 }
 
+// Whether x > bound in some lane; NaN is not.
+template <class T>
+PK_INLINE bool any_greater(Vec<T> x, Vec<T> bound) {
+#if defined(PK_PLAIN) || PK_VECTOR_BYTES == 16
+    bool any = false;
+    for (int i = 0; i < Vec<T>::lanes; ++i) any = any || x.v[i] > bound.v[i];
+    return any;
+#elif PK_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        return _mm512_cmp_ps_mask(x.v, bound.v, _CMP_GT_OQ) != 0;
+    else
+        return _mm512_cmp_pd_mask(x.v, bound.v, _CMP_GT_OQ) != 0;
+#else
+    if constexpr (sizeof(T) == 4)
+        return _mm256_movemask_ps(_mm256_cmp_ps(x.v, bound.v, _CMP_GT_OQ)) != 0;
+    else
+        return _mm256_movemask_pd(_mm256_cmp_pd(x.v, bound.v, _CMP_GT_OQ)) != 0;
+#endif
+}
+
 // The smaller or larger of a and b, and b where one of them is NaN.
 #if defined(PK_PLAIN) || PK_VECTOR_BYTES == 16
 template <class T>

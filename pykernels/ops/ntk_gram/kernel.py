@@ -335,6 +335,7 @@ def _implementations(compiled: Callable[..., Any], plain: Callable[..., Any]) ->
         return run
 
     return {
+        "cpu": Implementation(on("cpu"), _cpu_can_run, _native.available),
         "reference": Implementation(plain, lambda *args: YES, lambda: YES),
     }
 

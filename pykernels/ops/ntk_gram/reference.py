@@ -29,7 +29,8 @@ from torch import Tensor
 from pykernels.ops._autograd import transforming
 from pykernels.ops.ntk_gram.activations import ERF, GELU, IDENTITY, LEAKY_RELU, RBF, SIN, Branch, Options
 
-#: Variances below this are taken for it, so that zero vectors have a direction, and gradients.
+#: Variances below this are taken for it; so is no bias of the first layer, which gives zero vectors a direction,
+#: that of the bias, and gradients.
 LEAST_VARIANCE = 1e-60
 #: Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 NEAR = 0.02
@@ -59,15 +60,14 @@ class Rows(NamedTuple):
 def augment(x: Tensor, weight_std: Tensor, bias_std: Tensor) -> Tensor:
     """(w_0 x / sqrt(n), b_0): (..., N, d + 1) in float64. Their inner products are C_0."""
     x = x.double()
-    bias = bias_std[0].expand(x.shape[:-1]).unsqueeze(-1)
+    bias = bias_std[0].abs().clamp_min(math.sqrt(LEAST_VARIANCE)).expand(x.shape[:-1]).unsqueeze(-1)
     return torch.cat((x * (weight_std[0] / math.sqrt(max(x.shape[-1], 1))), bias.to(x.device)), -1)
 
 
 def normalized(augmented: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors and squared norms; of a zero vector, zero and :data:`LEAST_VARIANCE`."""
-    largest = augmented.detach().abs().amax(-1, keepdim=True).clamp(1e-30, 1e150)  # against overflow
-    scaled = augmented / largest
-    q = (scaled.square().sum(-1, keepdim=True) * largest * largest).clamp_min(LEAST_VARIANCE)
+    """Unit vectors and squared norms."""
+    largest = augmented.detach().abs().amax(-1, keepdim=True).clamp_max(1e150)  # against overflow
+    q = (augmented / largest).square().sum(-1, keepdim=True) * largest * largest
     return augmented / q.sqrt(), q.squeeze(-1)
 
 
@@ -208,10 +208,15 @@ def _pair(
     return e_phi, f_phi, amplitude * derivative * roots / norms
 
 
-def _half_angle(h: Tensor) -> Tensor:
-    """theta for h = sin(theta / 2)^2 <= 1/2; its derivative at 0 is taken for 0."""
-    positive = h > 0
-    return 2 * torch.asin(torch.where(positive, torch.where(positive, h, 0.25).sqrt(), 0.0))
+def _half_angle(h: Tensor) -> tuple[Tensor, Tensor]:
+    """theta / 2 and its sine, for h = sin(theta / 2)^2 <= 1/2.
+
+    Points that are closer than the rounding of their unit vectors count as coincident, where the derivative, which is
+    infinite, is taken for 0.
+    """
+    apart = h > (1e-14 if h.dtype == torch.float32 else 1e-30)
+    root = torch.where(apart, torch.where(apart, h, 0.25).sqrt(), 0.0)
+    return torch.asin(root), root
 
 
 def _piecewise_linear(slope: float, e: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,10 +228,9 @@ def _piecewise_linear(slope: float, e: Tensor, f: Tensor) -> tuple[Tensor, Tenso
     part = 2 * slope / (1 + slope * slope)
     small = e <= f
     h = torch.where(small, e, f)
-    theta = _half_angle(h)
-    positive = h > 0
-    sine = 2 * torch.where(positive, torch.where(positive, h, 0.25).sqrt(), 0.0) * (1 - h).sqrt()
-    relu = h - (sine - theta * (1 - 2 * h)) / (2 * math.pi)
+    half, root = _half_angle(h)
+    theta = 2 * half
+    relu = h - (2 * root * (1 - h).sqrt() - theta * (1 - 2 * h)) / (2 * math.pi)
     angle = theta / math.pi
     e_phi = torch.where(small, part * h, (1 + part) / 2 - h) + (1 - part) * relu
     return e_phi, part + (1 - part) * torch.where(small, 1 - angle, angle)

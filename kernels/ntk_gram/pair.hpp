@@ -1,0 +1,460 @@
+// The layers of a network for pairs of points, in registers, and the derivatives of the last one. For kernel units.
+//
+// A pair carries e = sin(theta/2)^2, f = cos(theta/2)^2 and T = Theta / sqrt(q r); a layer of branches is
+//
+//   e' = sum of [c_x c_y e_phi(e) + (c_x - c_y)^2 / 4] + (s_x - s_y)^2 / 4
+//   T' = 1 - 2 e' + T sum of c_x c_y d_phi(e),        d_phi = d e_phi / d e
+//
+// The functions of theta are polynomials in h = min(e, f) <= 1/2, fitted to 2e-9 (float) and 2e-17 (double):
+// theta / pi = sqrt(h) P(h) and (sin theta - theta cos theta) / (2 pi) = h sqrt(h) Q(h), sin(theta/2)^2 = h.
+#pragma once
+
+#include "common/arrays.hpp"
+#include "common/math.hpp"
+#include "ntk_gram/rows.hpp"
+
+PK_ISA_BEGIN
+
+// Vectors of pairs that go through the layers together: what hides the latency of their chains, and fits in the registers.
+#if PK_VECTOR_BYTES == 64
+constexpr int pair_vectors = 4;
+#else
+constexpr int pair_vectors = 2;
+#endif
+constexpr int pair_vectors_with_derivatives = 2;
+
+template <class T, int U>
+struct Pairs {
+    Vec<T> v[U];
+    Vec<T>& operator[](int u) { return v[u]; }
+    Vec<T> operator[](int u) const { return v[u]; }
+};
+
+#define PK_EACH_VECTOR _Pragma("GCC unroll 4") for (int u = 0; u < U; ++u)
+
+PK_INLINE Vec<float> angle_polynomial(Vec<float> h) {
+    constexpr double c[] = {0.07889059074639326,  -0.08653591558333587, 0.06837967391772018,
+                            -0.00447203720575348, 0.02280060672813509,  0.02806953147442645,
+                            0.04776404008758542,  0.10610296154815424,  0.63661977340082541};
+    return polynomial(c, h);
+}
+PK_INLINE Vec<double> angle_polynomial(Vec<double> h) {
+    constexpr double c[] = {
+        0.5662208944260333246,   -2.0877865303673013099,    3.6663225637470685988,    -3.9665464904622907633,
+        2.9559302419770829438,   -1.5861535479879888252,    0.64201895714719782208,   -0.18905172048286413828,
+        0.050126589820404836803, -0.0016588768467767272528, 0.0083980307022234217279, 0.0087875072969563448589,
+        0.011054447850039470548, 0.014242193055031809847,   0.01934175862706915692,   0.028420525309942301597,
+        0.047746482930127878602, 0.10610329539458619151,    0.63661977236758135049};
+    return polynomial(c, h);
+}
+PK_INLINE Vec<float> arc_polynomial(Vec<float> h) {
+    constexpr double c[] = {0.00675540749390805, -0.00253852864600999, 0.00534634199336196, 0.00597188237265467,
+                            0.01367169862539499, 0.04244036603316271,  0.42441318645567900};
+    return polynomial(c, h);
+}
+PK_INLINE Vec<double> arc_polynomial(Vec<double> h) {
+    constexpr double c[] = {0.01809204862814398856,    -0.061266884725374197285,  0.099807384840066809646,
+                            -0.099426203542101148236,  0.068307982739333167524,   -0.033103145696314055844,
+                            0.012480993944484557984,   -0.0028187280756465748301, 0.0012599636770943827966,
+                            0.00067259444384962753784, 0.0010572851002513978472,  0.0014720313762948230128,
+                            0.0021912143497088396402,  0.0035166792883403118994,  0.0063156723876256087967,
+                            0.013641852264515871267,   0.042441318157841103786,   0.42441318157838756024};
+    return polynomial(c, h);
+}
+
+template <class T>
+PK_INLINE Vec<T> square_root(Vec<T> x) {
+#if PK_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        x.v = _mm512_sqrt_ps(x.v);
+    else
+        x.v = _mm512_sqrt_pd(x.v);
+#elif PK_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4)
+        x.v = _mm256_sqrt_ps(x.v);
+    else
+        x.v = _mm256_sqrt_pd(x.v);
+#else
+    for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = sqrt(x.v[i]);
+#endif
+    return x;
+}
+
+// asin(x) / pi, |x| <= 1.
+template <class T>
+PK_INLINE Vec<T> arcsine(Vec<T> x) {
+    const Vec<T> half(T(0.5)), one(T(1)), square = least(x * x, one), rest = one - square;
+    const Vec<T> near = half * x * angle_polynomial(least(square, half));
+    const Vec<T> far = half - half * square_root(rest) * angle_polynomial(least(rest, half));
+    return select_le(square, half, near, copysign(far, x));
+}
+
+// One branch of a layer as the pairs need it.
+template <class T>
+struct Branch {
+    NtkActivation activation;
+    T part;      // of the identity in a piecewise linear function: 2 s / (1 + s^2)
+    T b, even;   // frequency squared, or gamma; cos(2 phase)
+    int number;  // where its numbers begin
+    int primary;
+    bool keeps_f;  // its f is to be trusted when small
+};
+
+template <class T>
+struct Layer {
+    const Branch<T>* branches;
+    int count, s, primary_s;  // branches; where the numbers of the bias are
+    bool folded;              // e <= 1/2 comes in
+    bool stable;              // a later layer is not smooth: small e have to be right
+    bool keeps_f;             // some branch does
+    bool rounded;             // e may leave [0, 1] by rounding
+};
+
+template <class T>
+struct Network {
+    const Layer<T>* layers;
+    int depth, numbers, primaries, branches;
+    bool ntk;
+};
+
+// The numbers of a row and of vectors of columns, (number, column) with `stride` columns.
+template <class T>
+struct Numbers {
+    const T* row;
+    const T* columns;
+    Index stride;
+    PK_INLINE Vec<T> x(int i) const { return Vec<T>(row[i]); }
+    PK_INLINE Vec<T> y(int i, int u) const { return Vec<T>::load(columns + i * stride + u * Vec<T>::lanes); }
+};
+
+// What a branch makes of e and f, and the derivatives of that: of d_phi by e, and of both by log q at constant e.
+template <class T, int U>
+struct Made {
+    Pairs<T, U> e, f, d, d_e, e_q, d_q;
+};
+
+// Where h is below the rounding of the points' unit vectors they count as coincident, or opposite, and the derivative by e,
+// which is infinite, as zero.
+template <class T>
+PK_INLINE Vec<T> inverse_root(Vec<T> h) {
+    const Vec<T> coincident(sizeof(T) == 4 ? T(1e-14) : T(1e-30)), one(T(1));
+    return select_le(h, coincident, Vec<T>(T(0)), one / square_root(h * (one - h)));
+}
+
+// max(z, 0) + s min(z, 0) as `part` of the identity and 1 - part of relu.
+template <class T, int U, bool derivatives, bool folded, bool relu>
+PK_INLINE void piecewise_linear(const Branch<T>& branch, const Pairs<T, U>& e, const Pairs<T, U>& f, Made<T, U>& made) {
+    const Vec<T> one(T(1)), half(T(0.5)), part(branch.part), rest(T(1) - branch.part);
+    PK_EACH_VECTOR {
+        const Vec<T> h = folded ? least(e[u], half) : least(e[u], f[u]);
+        const Vec<T> root = square_root(h);
+        const Vec<T> angle = root * angle_polynomial(h);
+        const Vec<T> bent = h - h * root * arc_polynomial(h);
+        if constexpr (folded && relu) {
+            made.e[u] = bent;
+            made.d[u] = one - angle;
+        } else if constexpr (relu) {
+            made.e[u] = select_le(e[u], f[u], bent, half - h + bent);
+            made.d[u] = select_le(e[u], f[u], one - angle, angle);
+        } else {
+            made.e[u] = rest * bent + select_le(e[u], f[u], part * h, half * (one + part) - h);
+            made.d[u] = part + rest * select_le(e[u], f[u], one - angle, angle);
+        }
+        if constexpr (derivatives) {
+            made.d_e[u] = Vec<T>(T(-0.318309886183790671538)) * inverse_root(h);
+            if constexpr (!relu) made.d_e[u] = rest * made.d_e[u];
+        }
+    }
+}
+
+// K = 2/pi asin(X), X = l_x l_y (f - e), l^2 = 1 - b: an angle of vectors that have a part sqrt(b) each of its own. An odd
+// function of X: computed for the smaller of e and f.
+template <class T, int U, bool derivatives>
+PK_INLINE void error_function(const Branch<T>& branch, bool stable, const Numbers<T>& n, const Pairs<T, U>& e,
+                              const Pairs<T, U>& f, Made<T, U>& made) {
+    using N = NtkNumbers;
+    const int at = branch.number;
+    const Vec<T> one(T(1)), half(T(0.5)), quarter(T(0.25)), two(T(2)), four(T(4)), zero(T(0));
+    const Vec<T> bx = n.x(at + N::q), lx = n.x(at + N::root);
+    PK_EACH_VECTOR {
+        const Vec<T> low = least(e[u], f[u]), high = greatest(f[u], e[u]), tangent = high - low;
+        const Vec<T> by = n.y(at + N::q, u), ly = n.y(at + N::root, u);
+        const Vec<T> lengths = lx * ly, difference = lx - ly;
+        const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
+        const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
+        const Vec<T> apart = quarter * difference * difference + lengths * low;
+        const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
+        const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low * high;  // 1 - X^2
+        Vec<T> made_low;
+        if (stable) {
+            // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
+            const Vec<T> hx = half * bx, hy = half * by, other = one - h, tiny(T(1e-30));
+            const Vec<T> scale_x = square_root(h * (one - hx)) + square_root(hx * other);
+            const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
+            const Vec<T> distance = four * (arcsine((half * (hy - hx) + apart) / greatest(scale_x, tiny)) +
+                                            arcsine((half * (hx - hy) + apart) / greatest(scale_y, tiny)));
+            made_low = quarter * norms * (distance - apart_in_norm * apart_in_norm);
+        } else {
+            const Vec<T> bounded = least(h, half);
+            made_low = half - half * norms * (one - two * square_root(bounded) * angle_polynomial(bounded));
+        }
+        made.e[u] = select_le(e[u], f[u], made_low, one - made_low);
+        made.f[u] = select_le(e[u], f[u], one - made_low, made_low);
+        made.d[u] = n.x(at + N::g) * n.y(at + N::g, u) / square_root(complement);
+        if constexpr (derivatives) {
+            const Vec<T> inverse = one / complement, slope = n.x(at + N::slope), norm = n.x(at + N::norm);
+            const Vec<T> sign = select_le(e[u], f[u], one, zero - one);
+            made.d_e[u] = sign * made.d[u] * inverse * (zero - two) * lengths * lengths * tangent;
+            // By log q: 2 eta_xy - eta_xx, as a difference of squares since it is small for near pairs.
+            const Vec<T> other = ly * tangent, root = square_root(complement), own_root = square_root(bx * (two - bx));
+            const Vec<T> eta_q =
+                (difference + two * ly * low) * (lx + other) / ((lx * root + other * own_root) * (root * own_root));
+            const Vec<T> distance_q = Vec<T>(T(0.636619772367581343076)) * bx * lx * eta_q;
+            made.e_q[u] =
+                sign * (slope * made_low + quarter * norms * (distance_q + two * slope * norm * apart_in_norm));
+            const Vec<T> b_q = zero - bx * (one - bx);
+            const Vec<T> complement_q = b_q * (one - by) - four * low * high * b_q * ly * ly;
+            made.d_q[u] = made.d[u] * (half * bx + slope - half * complement_q * inverse);
+        }
+    }
+}
+
+// K = (U - even V) / 2, U = exp(-b D / 2), V = exp(-b S / 2), D = q + r - 2c, S = q + r + 2c. Odd and even functions of c are
+// computed for the smaller of e and f.
+template <class T, int U, bool derivatives>
+PK_INLINE void sine(const Branch<T>& branch, const Numbers<T>& n, const Pairs<T, U>& e, const Pairs<T, U>& f,
+                    Made<T, U>& made) {
+    using N = NtkNumbers;
+    const int at = branch.number;
+    const Vec<T> half(T(0.5)), quarter(T(0.25)), one(T(1)), two(T(2)), four(T(4)), zero(T(0));
+    const Vec<T> even(branch.even), b(branch.b), half_b(branch.b / 2);
+    const bool is_even = branch.even == T(-1), is_odd = branch.even == T(1);
+    PK_EACH_VECTOR {
+        const Vec<T> side = is_even || is_odd ? select_le(e[u], f[u], one, zero - one) : one;
+        const Vec<T> low = is_even || is_odd ? least(e[u], f[u]) : e[u];
+        const Vec<T> high = is_even || is_odd ? greatest(f[u], e[u]) : f[u];
+        const Vec<T> rx = n.x(at + N::root), ry = n.y(at + N::root, u), roots = rx * ry, apart = (rx - ry) * (rx - ry);
+        const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
+        const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
+        const Vec<T> px = n.x(at + N::h), py = n.y(at + N::h, u);
+        const Vec<T> lost = expm1(zero - half_b * (apart + four * roots * low)), upper = lost + one;
+        const Vec<T> lower = exp(zero - half_b * (apart + four * roots * high));
+        const Vec<T> distance = zero - lost - half * even * ((px - py) * (px - py) + two * lower * lost);
+        const Vec<T> made_low = quarter * norms * (distance - apart_in_norm * apart_in_norm);
+        const Vec<T> other = is_odd ? one - made_low : made_low;
+        made.e[u] = select_le(zero, side, made_low, other);
+        made.f[u] = select_le(zero, side, other, made_low);
+        const Vec<T> g = n.x(at + N::g) * n.y(at + N::g, u), of_even = is_odd ? one : side;
+        made.d[u] = of_even * half_b * (upper + even * lower) * g;
+        if constexpr (derivatives) {
+            const Vec<T> q = n.x(at + N::q), slope = n.x(at + N::slope), norm = n.x(at + N::norm);
+            const Vec<T> of_odd = is_odd ? side : one;
+            // Half of b times the derivatives of D and S by log q; D's is small for near pairs.
+            const Vec<T> less = half_b * (rx * (rx - ry) + two * roots * low);
+            const Vec<T> more = half_b * (q + roots * (high - low));
+            const Vec<T> upper_q = zero - less * upper, lower_q = zero - more * lower;
+            const Vec<T> lost_q = lower_q * lost + lower * upper_q - b * q * px * (px - py);
+            made.d_e[u] = zero - of_odd * b * b * roots * (upper - even * lower) * g;
+            made.e_q[u] = of_odd * (slope * made_low +
+                                    quarter * norms * (two * slope * norm * apart_in_norm - upper_q - even * lost_q));
+            made.d_q[u] = of_even * half_b * (upper_q + even * lower_q) * g + (half + slope) * made.d[u];
+        }
+    }
+}
+
+// K = exp(-b D)
+template <class T, int U, bool derivatives>
+PK_INLINE void radial(const Branch<T>& branch, const Numbers<T>& n, const Pairs<T, U>& e, Made<T, U>& made) {
+    using N = NtkNumbers;
+    const int at = branch.number;
+    const Vec<T> half(T(0.5)), one(T(1)), two(T(2)), four(T(4)), zero(T(0)), b(branch.b);
+    PK_EACH_VECTOR {
+        const Vec<T> rx = n.x(at + N::root), ry = n.y(at + N::root, u), roots = rx * ry;
+        const Vec<T> lost = expm1(zero - b * ((rx - ry) * (rx - ry) + four * roots * e[u]));
+        made.e[u] = zero - half * lost;
+        made.d[u] = two * b * (lost + one) * roots;
+        if constexpr (derivatives) {
+            const Vec<T> distance_q = rx * (rx - ry) + two * roots * e[u];
+            made.d_e[u] = zero - four * b * roots * made.d[u];
+            made.e_q[u] = half * b * (lost + one) * distance_q;
+            made.d_q[u] = made.d[u] * (half - b * distance_q);
+        }
+    }
+}
+
+// z Phi(z), with Dl = (1 + q)(1 + r) - c^2, J = 1 / (2 pi sqrt Dl), I = 1/4 + asin(c / sqrt((1 + q)(1 + r))) / (2 pi):
+// K = c I + J B, B = q r - c^2 + c^2 / (1 + q) + c^2 / (1 + r), and K' = I + J c G, G = 1/(1 + q) + 1/(1 + r) + 1/Dl.
+template <class T, int U, bool derivatives>
+PK_INLINE void gaussian_error_unit(const Branch<T>& branch, const Numbers<T>& n, const Pairs<T, U>& e,
+                                   const Pairs<T, U>& f, Made<T, U>& made) {
+    using N = NtkNumbers;
+    const int at = branch.number;
+    const Vec<T> half(T(0.5)), quarter(T(0.25)), one(T(1)), two(T(2)), four(T(4)), zero(T(0));
+    const Vec<T> inverse_turn(T(0.159154943091895335769));
+    PK_EACH_VECTOR {
+        const Vec<T> q = n.x(at + N::q), r = n.y(at + N::q, u), iq = n.x(at + N::h), ir = n.y(at + N::h, u);
+        const Vec<T> roots = n.x(at + N::root) * n.y(at + N::root, u), c = roots * (f[u] - e[u]), square = c * c;
+        const Vec<T> sines = four * roots * roots * e[u] * f[u];  // q r - c^2
+        const Vec<T> rest = one + q + r + sines, inverse = one / rest;
+        const Vec<T> j = inverse_turn * square_root(inverse);
+        const Vec<T> i = quarter + half * arcsine(c * square_root(iq * ir));
+        const Vec<T> bracket = sines + square * (iq + ir), sum = iq + ir + inverse;
+        const Vec<T> kernel = c * i + j * bracket, first = i + j * c * sum;
+        const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u), g = n.x(at + N::g) * n.y(at + N::g, u);
+        made.e[u] = half - half * kernel * norms;
+        made.d[u] = first * g;
+        if constexpr (derivatives) {
+            const Vec<T> slope = n.x(at + N::slope);
+            const Vec<T> second =
+                j * (one + square * inverse * sum + iq + ir + inverse + two * square * inverse * inverse);
+            const Vec<T> j_q = zero - half * j * (one + r) * inverse;
+            const Vec<T> kernel_q = q * (zero - half * square * iq * j + j_q * bracket + j * (r - square * iq * iq));
+            const Vec<T> first_q =
+                q * (zero - half * c * iq * j + j_q * c * sum - j * c * (iq * iq + (one + r) * inverse * inverse));
+            made.d_e[u] = zero - two * roots * second * g;
+            made.e_q[u] = zero - half * norms * (kernel_q + half * c * first + slope * kernel);
+            made.d_q[u] = g * (first_q + half * c * second) + (half + slope) * made.d[u];
+        }
+    }
+}
+
+template <class T, int U, bool derivatives>
+PK_INLINE void make(const Branch<T>& branch, const Layer<T>& layer, const Numbers<T>& n, const Pairs<T, U>& e,
+                    const Pairs<T, U>& f, Made<T, U>& made) {
+    switch (branch.activation) {
+        case NtkActivation::identity:
+            PK_EACH_VECTOR {
+                made.e[u] = e[u];
+                made.f[u] = f[u];
+                made.d[u] = Vec<T>(T(1));
+                if constexpr (derivatives) made.d_e[u] = Vec<T>(T(0));
+            }
+            break;
+        case NtkActivation::relu:
+            if (layer.folded)
+                piecewise_linear<T, U, derivatives, true, true>(branch, e, f, made);
+            else
+                piecewise_linear<T, U, derivatives, false, true>(branch, e, f, made);
+            break;
+        case NtkActivation::leaky_relu: piecewise_linear<T, U, derivatives, false, false>(branch, e, f, made); break;
+        case NtkActivation::erf: error_function<T, U, derivatives>(branch, layer.stable, n, e, f, made); break;
+        case NtkActivation::gelu: gaussian_error_unit<T, U, derivatives>(branch, n, e, f, made); break;
+        case NtkActivation::sin: sine<T, U, derivatives>(branch, n, e, f, made); break;
+        case NtkActivation::rbf: radial<T, U, derivatives>(branch, n, e, made); break;
+    }
+}
+
+// Where the forward pass leaves what the backward pass needs: (e, T) before each layer, and for each branch e_phi, d_phi
+// and their derivatives.
+template <class T, int U>
+struct Kept {
+    Vec<T>* data;
+    static constexpr int per_layer = 2 * U, per_branch = 5 * U;
+    static Index vectors(const Network<T>& network) {
+        return static_cast<Index>(network.depth) * per_layer + static_cast<Index>(network.branches) * per_branch;
+    }
+};
+
+// From e and f of pairs to the cosine of the last layer, and T; e and f become those of the last layer.
+template <class T, int U, bool derivatives>
+PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, Pairs<T, U>& e, Pairs<T, U>& f,
+                              Pairs<T, U>& tangent, Vec<T>* kept) {
+    const Vec<T> one(T(1)), quarter(T(0.25)), zero(T(0));
+    PK_EACH_VECTOR tangent[u] = f[u] - e[u];
+    for (int l = 0; l < network.depth; ++l) {
+        const Layer<T>& layer = network.layers[l];
+        Pairs<T, U> next, other = {}, slope;
+        PK_EACH_VECTOR {
+            const Vec<T> sx = n.x(layer.s), sy = n.y(layer.s, u), difference = sx - sy;
+            next[u] = quarter * difference * difference;
+            if (layer.keeps_f) other[u] = quarter * (sx + sy) * (sx + sy);
+            slope[u] = zero;
+            if constexpr (derivatives) {
+                *kept++ = e[u];
+                *kept++ = tangent[u];
+            }
+        }
+        for (int i = 0; i < layer.count; ++i) {
+            const Branch<T>& branch = layer.branches[i];
+            Made<T, U> made = {};
+            make<T, U, derivatives>(branch, layer, n, e, f, made);
+            PK_EACH_VECTOR {
+                const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy, difference = cx - cy;
+                const Vec<T> apart = quarter * difference * difference;
+                next[u] = next[u] + (both * made.e[u] + apart);
+                if (layer.keeps_f)
+                    other[u] = other[u] + (both * (branch.keeps_f ? made.f[u] : one - made.e[u]) + apart);
+                slope[u] = slope[u] + both * made.d[u];
+                if constexpr (derivatives) {
+                    *kept++ = made.e[u];
+                    *kept++ = made.d[u];
+                    *kept++ = made.d_e[u];
+                    *kept++ = made.e_q[u];
+                    *kept++ = made.d_q[u];
+                }
+            }
+        }
+        PK_EACH_VECTOR {
+            e[u] = next[u];
+            f[u] = one - next[u];
+            if (layer.keeps_f) {
+                // Where they differ by rounding, the smaller one is right.
+                const Vec<T> half(T(0.5)), trusted = other[u];
+                e[u] = select_le(half, trusted, e[u], one - trusted);
+                f[u] = select_le(half, trusted, f[u], trusted);
+            }
+            if (layer.rounded) {
+                e[u] = least(greatest(zero, e[u]), one);
+                f[u] = least(greatest(zero, f[u]), one);
+            }
+            tangent[u] = (f[u] - e[u]) + tangent[u] * slope[u];
+        }
+    }
+}
+
+// The other way: from the derivative of the result by the cosine (`of_cosine`) and by T to that by e, and the sums over pairs
+// of those by the row's primary numbers, added to `sums` (each a vector).
+template <class T, int U>
+PK_INLINE void layers_backward(const Network<T>& network, const Numbers<T>& n, const Vec<T>* kept, Pairs<T, U>& of_e,
+                               Pairs<T, U>& of_tangent, Vec<T>* sums) {
+    const Vec<T> half(T(0.5)), two(T(2)), zero(T(0));
+    kept += Kept<T, U>::vectors(network);
+    for (int l = network.depth - 1; l >= 0; --l) {
+        const Layer<T>& layer = network.layers[l];
+        kept -= layer.count * Kept<T, U>::per_branch;
+        const Vec<T>* const before = kept - Kept<T, U>::per_layer;
+        Pairs<T, U> next, next_tangent;
+        Vec<T> of_s = zero;
+        PK_EACH_VECTOR {
+            of_e[u] = of_e[u] - two * of_tangent[u];
+            next[u] = next_tangent[u] = zero;
+            of_s = of_s + of_e[u] * half * (n.x(layer.s) - n.y(layer.s, u));
+        }
+        sums[layer.primary_s] = sums[layer.primary_s] + of_s;
+        for (int i = 0; i < layer.count; ++i) {
+            const Branch<T>& branch = layer.branches[i];
+            const Vec<T>* const made = kept + i * Kept<T, U>::per_branch;
+            Vec<T> of_c = zero, of_q = zero;
+            PK_EACH_VECTOR {
+                const Vec<T> e_phi = made[5 * u], d_phi = made[5 * u + 1], d_e = made[5 * u + 2];
+                const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy;
+                const Vec<T> through = of_tangent[u] * before[2 * u + 1];
+                of_c = of_c + (cy * (of_e[u] * e_phi + through * d_phi) + of_e[u] * half * (cx - cy));
+                of_q = of_q + both * (of_e[u] * made[5 * u + 3] + through * made[5 * u + 4]);
+                next[u] = next[u] + both * (of_e[u] * d_phi + through * d_e);
+                next_tangent[u] = next_tangent[u] + of_tangent[u] * both * d_phi;
+            }
+            sums[branch.primary] = sums[branch.primary] + of_c;
+            if (branch.activation > NtkActivation::leaky_relu)
+                sums[branch.primary + 1] = sums[branch.primary + 1] + of_q;
+        }
+        PK_EACH_VECTOR {
+            of_e[u] = next[u];
+            of_tangent[u] = next_tangent[u];
+        }
+        kept = before;
+    }
+    PK_EACH_VECTOR of_e[u] = of_e[u] - two * of_tangent[u];
+}
+
+PK_ISA_END
