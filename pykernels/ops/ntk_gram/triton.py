@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pykernels.ops._triton_math import angle_of, asin, expm1_of_negative
+from pykernels.ops._triton_math import arc_of, asin, excess_of, expm1_of_negative
 from pykernels.ops.ntk_gram import activations, reference
 from pykernels.ops.ntk_gram.activations import Branch, Options
 from pykernels.ops.ntk_gram.op import gram_shape, witness_shapes
@@ -192,7 +192,7 @@ def augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D: tl.
     x = tl.load(points + at + k * stride_d, mask=(k < d) & (at >= 0), other=0.0).to(tl.float64)
     size = tl.where(d > 0, d, 1).to(tl.float64)
     x = x * (tl.load(weight_std) / tl.sqrt(size))
-    return tl.where(k == d, tl.load(bias_std), x)
+    return tl.where(k == d, tl.maximum(tl.abs(tl.load(bias_std)), LEAST_VARIANCE**0.5), x)
 
 
 @triton.jit
@@ -277,13 +277,12 @@ def ntk_gram_rows(
     for first in range(0, KP, BLOCK_D):
         a = augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(a), 1))
-    largest = tl.minimum(tl.maximum(largest, 1e-30), 1e150)  # against overflow
+    largest = tl.minimum(largest, 1e150)  # against overflow
     total = tl.zeros((BLOCK_N,), tl.float64)
     for first in range(0, KP, BLOCK_D):
         a = augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D) / largest[:, None]
         total += tl.sum(a * a, 1)
     q = total * largest * largest
-    q = tl.where(q < LEAST_VARIANCE, LEAST_VARIANCE, q)
     length = tl.sqrt(q)
     for first in range(0, KP, BLOCK_D):
         a = augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D) / length[:, None]
@@ -396,6 +395,12 @@ def half_angles(
 
 
 @triton.jit
+def are_apart(h):
+    """Closer than the rounding of unit vectors is coincident, where the infinite derivative is taken for 0."""
+    return h > (1e-30 if h.dtype == tl.float64 else 1e-14)
+
+
+@triton.jit
 def piecewise_linear(e, f, PART: tl.constexpr):
     """max(z, 0) + slope min(z, 0), a mixture of the identity and of relu: e_phi and d_phi.
 
@@ -403,9 +408,9 @@ def piecewise_linear(e, f, PART: tl.constexpr):
     """
     small = e <= f
     h = tl.where(small, e, f)
-    root, angle, excess = angle_of(h)
-    relu = h - root * h * excess * (1.0 / PI)
-    turn = root * angle * (2.0 / PI)  # theta / pi
+    root = tl.sqrt(tl.where(are_apart(h), h, 0.0))
+    relu = h - root * h * excess_of(h) * (1.0 / PI)
+    turn = root * arc_of(h) * (2.0 / PI)  # theta / pi
     e_phi = tl.where(small, PART * h, (1.0 + PART) * 0.5 - h) + (1.0 - PART) * relu
     return e_phi, PART + (1.0 - PART) * tl.where(small, 1.0 - turn, turn)
 
@@ -510,9 +515,9 @@ def pair_derivatives(e, f, e_phi, d_phi, x, y, BRANCH: tl.constexpr):
         return nothing, nothing, nothing
     elif CODE == LEAKY_RELU:
         h = tl.where(e <= f, e, f)
-        positive = h > 0
-        sine = tl.sqrt(tl.where(positive, h * (1.0 - h), 1.0))
-        return tl.where(positive, (BRANCH[1] - 1.0) / (PI * sine), 0.0), nothing, nothing
+        apart = are_apart(h)
+        sine = tl.sqrt(tl.where(apart, h * (1.0 - h), 1.0))
+        return tl.where(apart, (BRANCH[1] - 1.0) / (PI * sine), 0.0), nothing, nothing
     elif CODE == ERF:
         rx, ry = parameter(x, COLUMN + 1), parameter(y, COLUMN + 1)
         hx, hy = parameter(x, COLUMN + 2), parameter(y, COLUMN + 2)
