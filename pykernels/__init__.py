@@ -7,6 +7,7 @@ from pykernels._errors import FusionError
 from pykernels._explain import explain
 from pykernels._native import cpu_capabilities, cpu_capability, set_cpu_capability
 from pykernels.backends import available_backends, backend
+from pykernels.nn.empirical_ntk import empirical_ntk, empirical_ntk_matvec
 from pykernels.nn.fuse import fuse
 from pykernels.nn.ntk import NTK
 from pykernels.ops import (
@@ -45,6 +46,8 @@ __all__ = [
     "cpu_capabilities",
     "cpu_capability",
     "diffusion_variance",
+    "empirical_ntk",
+    "empirical_ntk_matvec",
     "explain",
     "export",
     "flow_penalties",

@@ -17,6 +17,7 @@ constexpr Index direct_features = 8;
 // Products of more features than this are added up in parts, for the sake of their rounding.
 constexpr Index product_depth = 96;
 constexpr Index smallest_parallel = 4096;  // pairs
+constexpr Index large_result = 4 << 20;    // bytes
 constexpr Index strip_panels = 8;
 constexpr Index most_vectors_by_rows = 4;  // columns of v that are multiplied as they lie
 
@@ -297,9 +298,22 @@ void inner_products(const Side<T>& x, const Side<T>& y, Index b, Index i, Index 
     }
 }
 
+// A tile into rows of memory. Large results are written around the caches, which would first read what is overwritten.
 template <class T>
-void store_row(T* out, const T* from, Index n) {
-    if (n > 0) copy(out, from, n);
+void write_tile(T* out, Index out_row, const T* tile, Index rows, Index columns, bool around) {
+    constexpr Index width = panel_width<T>;
+#if PK_VECTOR_BYTES == 64
+    if (around && columns == width && reinterpret_cast<std::uintptr_t>(out) % 64 == 0 &&
+        out_row * sizeof(T) % 64 == 0) {
+        for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < width; c += Vec<T>::lanes)
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(out + r * out_row + c),
+                                    _mm512_load_si512(tile + r * width + c));
+        return;
+    }
+#endif
+    (void)around;
+    for (Index r = 0; r < rows; ++r) copy(out + r * out_row, tile + r * width, columns);
 }
 
 template <class T>
@@ -307,7 +321,7 @@ struct Gram {
     const NtkProblem<T>* p;
     Network<T> network;
     Side<T> x, y;
-    bool symmetric;
+    bool symmetric, around;
     T* gram;
 };
 
@@ -370,18 +384,15 @@ void run_gram(const void* context, std::int64_t task, int) {
         if (g.symmetric && block == panel)  // in every bit
             for (Index r = 0; r < rows; ++r)
                 for (Index c = 0; c < r; ++c) tile[r * width + c] = tile[c * width + r];
-        for (Index r = 0; r < rows; ++r)
-            copy(out + (block * width + r) * g.y.n + panel * width, tile + r * width, columns);
+        write_tile(out + block * width * g.y.n + panel * width, g.y.n, tile, rows, columns, g.around);
         if (!g.symmetric || block == panel) continue;
-        T* const mirrored = out + panel * width * g.y.n + block * width;
-        if (columns == width) {
-            transpose(mirrored, g.y.n, tile, width, width, width);  // there are width rows: the last block has no other
-        } else {
-            alignas(64) T turned[width * width];
-            transpose(turned, width, tile, width, width, width);
-            for (Index r = 0; r < columns; ++r) copy(mirrored + r * g.y.n, turned + r * width, rows);
-        }
+        alignas(64) T turned[width * width];
+        transpose(turned, width, tile, width, width, width);
+        write_tile(out + panel * width * g.y.n + block * width, g.y.n, turned, columns, rows, g.around);
     }
+#if PK_VECTOR_BYTES == 64
+    if (g.around) _mm_sfence();
+#endif
 }
 
 // Both sides, the network, and whatever else is asked for from the same memory.
@@ -424,7 +435,9 @@ void gram(const NtkProblem<T>& p, T* result) {
     Arena arena(scratch.data());
     const Setting<T> s = setting_of(p, symmetric, workers, arena, true);
     prepare_sides(p, s, symmetric, threads);
-    const Gram<T> context{&p, s.network, s.x, s.y, symmetric, result};
+    const Index elements = p.batch * p.x.n * s.y.n * (p.nngp && p.ntk ? 2 : 1);
+    const bool around = elements * static_cast<Index>(sizeof(T)) >= large_result;
+    const Gram<T> context{&p, s.network, s.x, s.y, symmetric, around, result};
     const Index tiles = symmetric ? s.x.panels * (s.x.panels + 1) / 2 : s.x.panels * s.y.panels;
     parallel_tasks(p.batch * tiles, threads, run_gram<T>, &context);
 }

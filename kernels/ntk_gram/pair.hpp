@@ -80,13 +80,18 @@ PK_INLINE Vec<T> square_root(Vec<T> x) {
     return x;
 }
 
-// asin(x) / pi, |x| <= 1.
+// asin(x) / pi, from `complement` = 1 - x^2 where that is the smaller one.
+template <class T>
+PK_INLINE Vec<T> arcsine(Vec<T> x, Vec<T> complement) {
+    const Vec<T> half(T(0.5)), square = x * x, rest = least(complement, half);
+    const Vec<T> near = half * x * angle_polynomial(least(square, half));
+    const Vec<T> far = half - half * square_root(rest) * angle_polynomial(rest);
+    return select_le(square, half, near, copysign(far, x));
+}
 template <class T>
 PK_INLINE Vec<T> arcsine(Vec<T> x) {
-    const Vec<T> half(T(0.5)), one(T(1)), square = least(x * x, one), rest = one - square;
-    const Vec<T> near = half * x * angle_polynomial(least(square, half));
-    const Vec<T> far = half - half * square_root(rest) * angle_polynomial(least(rest, half));
-    return select_le(square, half, near, copysign(far, x));
+    const Vec<T> one(T(1));
+    return arcsine(x, one - least(x * x, one));
 }
 
 // One branch of a layer as the pairs need it.
@@ -184,20 +189,21 @@ PK_INLINE void error_function(const Branch<T>& branch, bool stable, const Number
         const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
         const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
         const Vec<T> apart = quarter * difference * difference + lengths * low;
-        const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
         const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low * high;  // 1 - X^2
         Vec<T> made_low;
         if (stable) {
             // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
+            const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
             const Vec<T> hx = half * bx, hy = half * by, other = one - h, tiny(T(1e-30));
+            // (hy - hx) / 2; of small variances from the lengths
+            const Vec<T> own = quarter * select_le(bx + by, one, by - bx, difference * (lx + ly));
             const Vec<T> scale_x = square_root(h * (one - hx)) + square_root(hx * other);
             const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
-            const Vec<T> distance = four * (arcsine((half * (hy - hx) + apart) / greatest(scale_x, tiny)) +
-                                            arcsine((half * (hx - hy) + apart) / greatest(scale_y, tiny)));
+            const Vec<T> distance = four * (arcsine((own + apart) / greatest(scale_x, tiny)) +
+                                            arcsine((apart - own) / greatest(scale_y, tiny)));
             made_low = quarter * norms * (distance - apart_in_norm * apart_in_norm);
         } else {
-            const Vec<T> bounded = least(h, half);
-            made_low = half - half * norms * (one - two * square_root(bounded) * angle_polynomial(bounded));
+            made_low = half - norms * arcsine(lengths * tangent, complement);
         }
         made.e[u] = select_le(e[u], f[u], made_low, one - made_low);
         made.f[u] = select_le(e[u], f[u], one - made_low, made_low);
@@ -298,7 +304,7 @@ PK_INLINE void gaussian_error_unit(const Branch<T>& branch, const Numbers<T>& n,
         const Vec<T> sines = four * roots * roots * e[u] * f[u];  // q r - c^2
         const Vec<T> rest = one + q + r + sines, inverse = one / rest;
         const Vec<T> j = inverse_turn * square_root(inverse);
-        const Vec<T> i = quarter + half * arcsine(c * square_root(iq * ir));
+        const Vec<T> i = quarter + half * arcsine(c * square_root(iq * ir), rest * iq * ir);
         const Vec<T> bracket = sines + square * (iq + ir), sum = iq + ir + inverse;
         const Vec<T> kernel = c * i + j * bracket, first = i + j * c * sum;
         const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u), g = n.x(at + N::g) * n.y(at + N::g, u);
