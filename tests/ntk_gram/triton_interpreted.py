@@ -36,10 +36,17 @@ def test_accuracy(d: int, depth: int):
     check_accuracy(d, ("relu",) * depth, "cpu")
 
 
-def test_accuracy_of_other_networks():
-    check_accuracy(16, ("erf", "relu", "abs"), "cpu", bias=0.3)
-    check_accuracy(2, ("relu+sin", "rbf", "leaky_relu"), "cpu", bias=0.3)
-    check_accuracy(2, ("gelu",), "cpu", bias=0.3)
+@pytest.mark.parametrize(
+    ("d", "activation", "bias"),
+    [
+        (2, ("erf",) * 10, 0.0),
+        (2, ("sin", "relu+gelu"), 0.0),
+        (16, ("cos", "rbf", "leaky_relu"), 0.3),
+        (2, ("gelu",) * 4, 0.3),
+    ],
+)
+def test_accuracy_of_other_networks(d: int, activation: tuple[str, ...], bias: float):
+    check_accuracy(d, activation, "cpu", bias)
 
 
 @triton.jit
@@ -66,6 +73,40 @@ def test_angles(dtype: torch.dtype):
             for value, exact in ((arc, a), (excess, b)):
                 assert abs(value - exact) <= 3 * torch.finfo(dtype).eps * exact, x
             assert abs(whole - mpmath.asin(1 - 4 * x)) <= 3 * torch.finfo(dtype).eps, x
+
+
+@triton.jit
+def gelu_distances(e, q, r, found, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(e + i)
+    tl.store(found + i, kernels.gelu_distance(x, 1.0 - x, tl.load(q + i), tl.load(r + i)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_distances_of_gelu(dtype: torch.dtype):
+    """Between points of unit length their roots are distances, and these keep all digits however small they are."""
+    generator = torch.Generator().manual_seed(0)
+    e, q, closeness, noise = (torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(4))
+    e, q = 10 ** (-12 * e), 10 ** (4 * q - 2)
+    r = q * (1 + noise * 10 ** (-8 * closeness))
+    e[:4], r[:8] = 0.0, q[:8]
+    e, q, r = e.to(dtype), q.to(dtype), r.to(dtype)
+    found = torch.empty_like(e)
+    gelu_distances[(1,)](e, q, r, found, BLOCK=len(e))
+
+    def kernel(q: mpmath.mpf, r: mpmath.mpf, c: mpmath.mpf) -> mpmath.mpf:
+        qq, rr = 1 + q, 1 + r
+        sizes = (q * r - c * c + c * c / qq + c * c / rr) / mpmath.sqrt(qq * rr - c * c)
+        return c / 4 + (c * mpmath.asin(c / mpmath.sqrt(qq * rr)) + sizes) / (2 * mpmath.pi)
+
+    with mpmath.workdps(40):
+        for values in zip(e.tolist(), q.tolist(), r.tolist(), found.tolist(), strict=True):
+            e_, q_, r_, value = map(mpmath.mpf, values)
+            sizes = kernel(q_, q_, q_), kernel(r_, r_, r_)
+            exact = sizes[0] + sizes[1] - 2 * kernel(q_, r_, mpmath.sqrt(q_ * r_) * (1 - 2 * e_))
+            unit = mpmath.sqrt(sizes[0] * sizes[1])
+            difference = mpmath.sqrt(max(value, 0) / unit) - mpmath.sqrt(exact / unit)
+            assert abs(difference) <= 4 * torch.finfo(dtype).eps, values
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
