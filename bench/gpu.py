@@ -21,7 +21,7 @@ from gpu_cases import Case, Limits, judge, table, wrong_results
 from measure import machine
 
 #: One module for each family of operators, with a function ``cases`` that yields its benchmarks.
-FAMILIES = ("gpu_causal_conv", "gpu_latent_ode", "gpu_gaussian_warp")
+FAMILIES = ("gpu_causal_conv", "gpu_latent_ode", "gpu_gaussian_warp", "gpu_ntk_gram")
 
 
 def elapsed(run: Callable[[], Any], calls: int) -> float:
@@ -67,7 +67,7 @@ def measure_limits() -> Limits:
     target = torch.empty_like(source)
     copy_s = sorted(times_in_turns({"copy": lambda: target.copy_(source)}, 1.0)["copy"])
     rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
         size = 8192
         a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
         out = torch.empty_like(a)

@@ -118,6 +118,19 @@ def compare(contenders: list[Contender], *, seconds: float, most_threads: int) -
     return {c.name: c.summary() for c in contenders}
 
 
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Bytes that a call takes at its peak beyond what the process held before. Needs Linux."""
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
 def gemm_rate(size: int, threads: int) -> float:
     """flop/s of the best of several float32 products of square matrices."""
     torch.set_num_threads(threads)

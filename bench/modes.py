@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import relative_error
 from contenders import plain_layer, training_step
+from measure import peak_memory
 from torch import Tensor
 
 import pykernels
@@ -157,24 +158,15 @@ def _peak(name: str, contender: str) -> int:
             return plain_layer(x, weight, bias, 1)
         return F.silu(F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=groups))
 
-    def run(samples: int) -> list[int]:
+    def run(samples: int) -> int:
         x = torch.randn(batch, channels, samples, requires_grad=True)
         weight = torch.randn(channels, channels // groups, 3, requires_grad=True)
         bias = torch.randn(channels, requires_grad=True)
         grad = torch.randn(batch, channels, samples)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
-        before = _status("VmRSS")
-        layer(x, weight, bias).backward(grad)
-        return [before, _status("VmHWM")]
+        return peak_memory(lambda: layer(x, weight, bias).backward(grad))
 
     run(2)  # libraries and thread pools
-    before, peak = run(length)
-    return peak - before
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    return run(length)
 
 
 if __name__ == "__main__":

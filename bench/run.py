@@ -22,7 +22,7 @@ from measure import ALLOWED_LOAD, Load, copy_rate, gemm_rate, machine
 
 RESULTS = Path(__file__).parent / "results"
 #: Families of operators: a module cpu_<family> each, with ``cases`` and ``extras``.
-FAMILIES = ("causal_conv", "gaussian_warp", "latent_ode")
+FAMILIES = ("causal_conv", "gaussian_warp", "latent_ode", "ntk_gram")
 
 
 def run_family(family: str, limits: Limits, args: argparse.Namespace) -> dict[str, Any]:

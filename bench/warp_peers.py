@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from contenders import lazy_tensor
 from torch import Tensor
 
 import pykernels
@@ -75,18 +76,11 @@ def einsum(variance: float) -> Warp:
     return warp
 
 
-@cache
-def _keops() -> Any:
-    from pykeops.torch import LazyTensor
-
-    return LazyTensor
-
-
 def keops(variance: float) -> Warp:
     """Pairs of pixels, with the density rather than the mass of the Gaussian."""
 
     def warp(image: Tensor, flow: Tensor) -> Tensor:
-        lazy = _keops()
+        lazy = lazy_tensor()
         height, width = flow.shape[-2:]
         centres = torch.stack(positions(flow), -1).flatten(1, 2)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

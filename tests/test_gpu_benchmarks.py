@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -120,6 +121,45 @@ def test_costs_of_warps_by_hand(warps):
     assert bilinear.bytes_moved == 4 * (1 + 2 + 1) * pixels
     assert both.bytes_moved == 4 * (1 + 2 + 1 + 1 + 2 * 3) * pixels
     assert varying.bytes_moved == 4 * (1 + 2 + 1 + 1) * pixels
+
+
+@pytest.fixture
+def kernels(cases, monkeypatch) -> ModuleType:
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda f: f))
+    monkeypatch.delitem(sys.modules, "ntk_peers", raising=False)  # it has a compiled function
+    import gpu_ntk_gram
+
+    small = [gpu_ntk_gram.Kernel("Gram", 6, None, 3, activation) for activation in ("relu", "erf")]
+    small += [gpu_ntk_gram.Kernel("witness", 5, 8, 2, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    small.append(gpu_ntk_gram.Kernel("matvec", 7, 9, 4))
+    monkeypatch.setattr(gpu_ntk_gram, "KERNELS", small)
+    return gpu_ntk_gram
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the slow")
+def test_kernels_agree_with_float64(cases, kernels):
+    from cases import relative_error
+
+    found = list(kernels.cases())
+    assert len({case.name for case in found}) == len(found) == 5
+    for case, results in zip(found, (1, 1, 2, 2, 1), strict=True):
+        runs, expected = case.prepare("cpu")
+        assert len(expected) == results
+        others = ["compiled, some rows at a time"] if "matvec" in case.name else ["eager", "compiled"]
+        assert list(runs) == ["pykernels", *others]
+        for name, run in runs.items():
+            values = run()
+            assert all(v.dtype == case.dtype for v in values)
+            errors = [relative_error(v, e) for v, e in zip(values, expected, strict=True)]
+            assert cases.wrong_results({name: max(errors)}, case.dtype) == {}
+
+
+def test_bytes_of_kernels_by_hand(kernels):
+    gram, _, witness, double, matvec = kernels.cases()
+    assert gram.bytes_moved == 4 * (6 * 3 + 6 * 6)
+    assert witness.bytes_moved == 4 * (2 * 5 * 2 + 8 * 2 + 8)
+    assert double.bytes_moved == 2 * witness.bytes_moved
+    assert matvec.bytes_moved == 4 * (7 * 4 + 9 * 4 + 9 + 7)
 
 
 def test_judgement(cases):

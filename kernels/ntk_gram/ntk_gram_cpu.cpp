@@ -17,6 +17,7 @@ constexpr Index direct_features = 8;
 // Products of more features than this are added up in parts, for the sake of their rounding.
 constexpr Index product_depth = 96;
 constexpr Index smallest_parallel = 4096;  // pairs
+constexpr Index large_result = 4 << 20;    // bytes
 constexpr Index strip_panels = 8;
 constexpr Index most_vectors_by_rows = 4;  // columns of v that are multiplied as they lie
 
@@ -118,7 +119,8 @@ Network<T> network_of(const NtkProblem<T>& p, Arena& arena, bool fill) {
             keeps_f = keeps_f || keeps;
             rounded = rounded || from.activation > NtkActivation::leaky_relu;
         }
-        layers[l] = {branches + first, count, number++, primary++, folded, stable, keeps_f, rounded};
+        layers[l] = {branches + first,      count, number++, primary++, folded, stable, keeps_f, rounded,
+                     all_relu && count == 1};
         folded = all_relu;
         first += count;
     }
@@ -296,9 +298,22 @@ void inner_products(const Side<T>& x, const Side<T>& y, Index b, Index i, Index 
     }
 }
 
+// A tile into rows of memory. Large results are written around the caches, which would first read what is overwritten.
 template <class T>
-void store_row(T* out, const T* from, Index n) {
-    if (n > 0) copy(out, from, n);
+void write_tile(T* out, Index out_row, const T* tile, Index rows, Index columns, bool around) {
+    constexpr Index width = panel_width<T>;
+#if PK_VECTOR_BYTES == 64
+    if (around && columns == width && reinterpret_cast<std::uintptr_t>(out) % 64 == 0 &&
+        out_row * sizeof(T) % 64 == 0) {
+        for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < width; c += Vec<T>::lanes)
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(out + r * out_row + c),
+                                    _mm512_load_si512(tile + r * width + c));
+        return;
+    }
+#endif
+    (void)around;
+    for (Index r = 0; r < rows; ++r) copy(out + r * out_row, tile + r * width, columns);
 }
 
 template <class T>
@@ -306,7 +321,7 @@ struct Gram {
     const NtkProblem<T>* p;
     Network<T> network;
     Side<T> x, y;
-    bool symmetric;
+    bool symmetric, around;
     T* gram;
 };
 
@@ -325,18 +340,18 @@ void gram_tile(const Gram<T>& g, Index b, Index block, Index panel, Index rows, 
         const T* const row = g.x.row_numbers(b, first + r);
         for (int v = 0; v < tile_vectors; v += U) {
             const Numbers<T> numbers{row, columns + v * lanes, width};
-            Pairs<T, U> e, f, tangent;
+            State<T, U> pairs;
             half_angles<T, U>(direct ? nullptr : rho + r * width + v * lanes, g.x.row(b, first + r),
-                              g.y.panel(b, panel) + v * lanes, g.x.features, e, f);
-            layers_forward<T, U, false>(g.network, numbers, e, f, tangent, nullptr);
+                              g.y.panel(b, panel) + v * lanes, g.x.features, pairs.e, pairs.f);
+            layers_forward<T, U, false>(g.network, numbers, pairs, nullptr);
             PK_EACH_VECTOR {
                 const Vec<T> both = numbers.x(scale) * numbers.y(scale, u);
                 T* out = tiles + r * width + (v + u) * lanes;
                 if (g.p->nngp) {
-                    (both * (f[u] - e[u])).store(out);
+                    (both * (pairs.f[u] - pairs.e[u])).store(out);
                     out += width * width;
                 }
-                if (g.p->ntk) (both * tangent[u]).store(out);
+                if (g.p->ntk) (both * pairs.tangent[u]).store(out);
             }
         }
     }
@@ -369,18 +384,15 @@ void run_gram(const void* context, std::int64_t task, int) {
         if (g.symmetric && block == panel)  // in every bit
             for (Index r = 0; r < rows; ++r)
                 for (Index c = 0; c < r; ++c) tile[r * width + c] = tile[c * width + r];
-        for (Index r = 0; r < rows; ++r)
-            copy(out + (block * width + r) * g.y.n + panel * width, tile + r * width, columns);
+        write_tile(out + block * width * g.y.n + panel * width, g.y.n, tile, rows, columns, g.around);
         if (!g.symmetric || block == panel) continue;
-        T* const mirrored = out + panel * width * g.y.n + block * width;
-        if (columns == width) {
-            transpose(mirrored, g.y.n, tile, width, width, width);  // there are width rows: the last block has no other
-        } else {
-            alignas(64) T turned[width * width];
-            transpose(turned, width, tile, width, width, width);
-            for (Index r = 0; r < columns; ++r) copy(mirrored + r * g.y.n, turned + r * width, rows);
-        }
+        alignas(64) T turned[width * width];
+        transpose(turned, width, tile, width, width, width);
+        write_tile(out + panel * width * g.y.n + block * width, g.y.n, turned, columns, rows, g.around);
     }
+#if PK_VECTOR_BYTES == 64
+    if (g.around) _mm_sfence();
+#endif
 }
 
 // Both sides, the network, and whatever else is asked for from the same memory.
@@ -423,7 +435,9 @@ void gram(const NtkProblem<T>& p, T* result) {
     Arena arena(scratch.data());
     const Setting<T> s = setting_of(p, symmetric, workers, arena, true);
     prepare_sides(p, s, symmetric, threads);
-    const Gram<T> context{&p, s.network, s.x, s.y, symmetric, result};
+    const Index elements = p.batch * p.x.n * s.y.n * (p.nngp && p.ntk ? 2 : 1);
+    const bool around = elements * static_cast<Index>(sizeof(T)) >= large_result;
+    const Gram<T> context{&p, s.network, s.x, s.y, symmetric, around, result};
     const Index tiles = symmetric ? s.x.panels * (s.x.panels + 1) / 2 : s.x.panels * s.y.panels;
     parallel_tasks(p.batch * tiles, threads, run_gram<T>, &context);
 }
@@ -481,12 +495,12 @@ void run_matvec(const void* context, std::int64_t task, int worker) {
                 for (int v = 0; v < tile_vectors; v += U) {
                     const Numbers<T> numbers{row, columns + v * lanes, width};
                     T* const at = tile + r * strip + v * lanes;
-                    Pairs<T, U> e, f, tangent;
+                    State<T, U> pairs;
                     half_angles<T, U>(direct ? nullptr : at, m.x.row(b, first + r), m.y.panel(b, start + j) + v * lanes,
-                                      features, e, f);
-                    layers_forward<T, U, false>(m.network, numbers, e, f, tangent, nullptr);
+                                      features, pairs.e, pairs.f);
+                    layers_forward<T, U, false>(m.network, numbers, pairs, nullptr);
                     PK_EACH_VECTOR {
-                        const Vec<T> value = m.network.ntk ? tangent[u] : f[u] - e[u];
+                        const Vec<T> value = m.network.ntk ? pairs.tangent[u] : pairs.f[u] - pairs.e[u];
                         (numbers.y(scale, u) * value).store(at + u * lanes);
                     }
                 }
@@ -642,14 +656,13 @@ void witness_row(const Witness<T>& s, const WitnessMemory<T>& memory, Index b, I
             const Numbers<T> numbers{s.x.row_numbers(b, i), columns + v * lanes, width};
             const Index at = r * strip + j * width + v * lanes;
             const T* const y = s.y.panel(b, start + j) + v * lanes;
-            Pairs<T, U> e, f, last_e, last_f, tangent, of_e, of_tangent;
+            Pairs<T, U> e, f, of_e, of_tangent;
             half_angles<T, U>(direct ? nullptr : memory.rho + at, x, y, features, e, f);
-            last_e = e;
-            last_f = f;
-            layers_forward<T, U, true>(s.network, numbers, last_e, last_f, tangent, memory.kept);
+            State<T, U> pairs{e, f, {}};
+            layers_forward<T, U, true>(s.network, numbers, pairs, memory.kept);
             PK_EACH_VECTOR {
                 const Vec<T> weight = Vec<T>::load(memory.weights + at + u * lanes) * numbers.y(scale, u);
-                const Vec<T> value = s.network.ntk ? tangent[u] : last_f[u] - last_e[u];
+                const Vec<T> value = s.network.ntk ? pairs.tangent[u] : pairs.f[u] - pairs.e[u];
                 sums[primaries - 1] = sums[primaries - 1] + weight * value;
                 of_e[u] = s.network.ntk ? zero : zero - two * weight;
                 of_tangent[u] = s.network.ntk ? weight : zero;

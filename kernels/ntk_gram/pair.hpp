@@ -80,13 +80,18 @@ PK_INLINE Vec<T> square_root(Vec<T> x) {
     return x;
 }
 
-// asin(x) / pi, |x| <= 1.
+// asin(x) / pi, from `complement` = 1 - x^2 where that is the smaller one.
+template <class T>
+PK_INLINE Vec<T> arcsine(Vec<T> x, Vec<T> complement) {
+    const Vec<T> half(T(0.5)), square = x * x, rest = least(complement, half);
+    const Vec<T> near = half * x * angle_polynomial(least(square, half));
+    const Vec<T> far = half - half * square_root(rest) * angle_polynomial(rest);
+    return select_le(square, half, near, copysign(far, x));
+}
 template <class T>
 PK_INLINE Vec<T> arcsine(Vec<T> x) {
-    const Vec<T> half(T(0.5)), one(T(1)), square = least(x * x, one), rest = one - square;
-    const Vec<T> near = half * x * angle_polynomial(least(square, half));
-    const Vec<T> far = half - half * square_root(rest) * angle_polynomial(least(rest, half));
-    return select_le(square, half, near, copysign(far, x));
+    const Vec<T> one(T(1));
+    return arcsine(x, one - least(x * x, one));
 }
 
 // One branch of a layer as the pairs need it.
@@ -108,6 +113,7 @@ struct Layer {
     bool stable;              // a later layer is not smooth: small e have to be right
     bool keeps_f;             // some branch does
     bool rounded;             // e may leave [0, 1] by rounding
+    bool one_relu;            // is its only branch
 };
 
 template <class T>
@@ -183,20 +189,21 @@ PK_INLINE void error_function(const Branch<T>& branch, bool stable, const Number
         const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
         const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
         const Vec<T> apart = quarter * difference * difference + lengths * low;
-        const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
         const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low * high;  // 1 - X^2
         Vec<T> made_low;
         if (stable) {
             // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
+            const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
             const Vec<T> hx = half * bx, hy = half * by, other = one - h, tiny(T(1e-30));
+            // (hy - hx) / 2; of small variances from the lengths
+            const Vec<T> own = quarter * select_le(bx + by, one, by - bx, difference * (lx + ly));
             const Vec<T> scale_x = square_root(h * (one - hx)) + square_root(hx * other);
             const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
-            const Vec<T> distance = four * (arcsine((half * (hy - hx) + apart) / greatest(scale_x, tiny)) +
-                                            arcsine((half * (hx - hy) + apart) / greatest(scale_y, tiny)));
+            const Vec<T> distance = four * (arcsine((own + apart) / greatest(scale_x, tiny)) +
+                                            arcsine((apart - own) / greatest(scale_y, tiny)));
             made_low = quarter * norms * (distance - apart_in_norm * apart_in_norm);
         } else {
-            const Vec<T> bounded = least(h, half);
-            made_low = half - half * norms * (one - two * square_root(bounded) * angle_polynomial(bounded));
+            made_low = half - norms * arcsine(lengths * tangent, complement);
         }
         made.e[u] = select_le(e[u], f[u], made_low, one - made_low);
         made.f[u] = select_le(e[u], f[u], one - made_low, made_low);
@@ -297,7 +304,7 @@ PK_INLINE void gaussian_error_unit(const Branch<T>& branch, const Numbers<T>& n,
         const Vec<T> sines = four * roots * roots * e[u] * f[u];  // q r - c^2
         const Vec<T> rest = one + q + r + sines, inverse = one / rest;
         const Vec<T> j = inverse_turn * square_root(inverse);
-        const Vec<T> i = quarter + half * arcsine(c * square_root(iq * ir));
+        const Vec<T> i = quarter + half * arcsine(c * square_root(iq * ir), rest * iq * ir);
         const Vec<T> bracket = sines + square * (iq + ir), sum = iq + ir + inverse;
         const Vec<T> kernel = c * i + j * bracket, first = i + j * c * sum;
         const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u), g = n.x(at + N::g) * n.y(at + N::g, u);
@@ -355,60 +362,106 @@ struct Kept {
     }
 };
 
-// From e and f of pairs to the cosine of the last layer, and T; e and f become those of the last layer.
+// What goes from layer to layer.
+template <class T, int U>
+struct State {
+    Pairs<T, U> e, f, tangent;
+};
+
+// A layer of any branches. Not inline: the registers are for the layers of relu.
 template <class T, int U, bool derivatives>
-PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, Pairs<T, U>& e, Pairs<T, U>& f,
-                              Pairs<T, U>& tangent, Vec<T>* kept) {
-    const Vec<T> one(T(1)), quarter(T(0.25)), zero(T(0));
-    PK_EACH_VECTOR tangent[u] = f[u] - e[u];
+__attribute__((noinline)) void general_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state,
+                                             Vec<T>* kept) {
+    const Vec<T> one(T(1)), half(T(0.5)), quarter(T(0.25)), zero(T(0));
+    Pairs<T, U> next, other = {}, slope;
+    PK_EACH_VECTOR {
+        const Vec<T> sx = n.x(layer.s), sy = n.y(layer.s, u), difference = sx - sy;
+        next[u] = quarter * difference * difference;
+        if (layer.keeps_f) other[u] = quarter * (sx + sy) * (sx + sy);
+        slope[u] = zero;
+    }
+    for (int i = 0; i < layer.count; ++i) {
+        const Branch<T>& branch = layer.branches[i];
+        Made<T, U> made = {};
+        make<T, U, derivatives>(branch, layer, n, state.e, state.f, made);
+        PK_EACH_VECTOR {
+            const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy, difference = cx - cy;
+            const Vec<T> apart = quarter * difference * difference;
+            next[u] = next[u] + (both * made.e[u] + apart);
+            if (layer.keeps_f) other[u] = other[u] + (both * (branch.keeps_f ? made.f[u] : one - made.e[u]) + apart);
+            slope[u] = slope[u] + both * made.d[u];
+            if constexpr (derivatives) {
+                *kept++ = made.e[u];
+                *kept++ = made.d[u];
+                *kept++ = made.d_e[u];
+                *kept++ = made.e_q[u];
+                *kept++ = made.d_q[u];
+            }
+        }
+    }
+    PK_EACH_VECTOR {
+        Vec<T> e = next[u], f = one - next[u];
+        if (layer.keeps_f) {
+            // Where they differ by rounding, the smaller one is right.
+            const Vec<T> trusted = other[u];
+            e = select_le(half, trusted, e, one - trusted);
+            f = select_le(half, trusted, f, trusted);
+        }
+        if (layer.rounded) {
+            e = least(greatest(zero, e), one);
+            f = least(greatest(zero, f), one);
+        }
+        state.e[u] = e;
+        state.f[u] = f;
+        state.tangent[u] = (f - e) + state.tangent[u] * slope[u];
+    }
+}
+
+// The same for one branch of relu.
+template <class T, int U, bool derivatives, bool folded>
+PK_INLINE void relu_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
+    const Vec<T> one(T(1)), quarter(T(0.25)), two(T(2));
+    const int number = layer.branches[0].number;
+    Made<T, U> made;
+    piecewise_linear<T, U, derivatives, folded, true>(layer.branches[0], state.e, state.f, made);
+    PK_EACH_VECTOR {
+        const Vec<T> cx = n.x(number), cy = n.y(number, u), both = cx * cy, apart = cx - cy;
+        const Vec<T> bias_apart = n.x(layer.s) - n.y(layer.s, u);
+        const Vec<T> e = both * made.e[u] + quarter * (apart * apart + bias_apart * bias_apart);
+        state.e[u] = e;
+        state.f[u] = one - e;
+        state.tangent[u] = (one - two * e) + state.tangent[u] * (both * made.d[u]);
+        if constexpr (derivatives) {
+            kept[5 * u] = made.e[u];
+            kept[5 * u + 1] = made.d[u];
+            kept[5 * u + 2] = made.d_e[u];
+        }
+    }
+}
+
+// From e and f of pairs to those of the last layer, and T.
+template <class T, int U, bool derivatives>
+PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
+    PK_EACH_VECTOR state.tangent[u] = state.f[u] - state.e[u];
     for (int l = 0; l < network.depth; ++l) {
         const Layer<T>& layer = network.layers[l];
-        Pairs<T, U> next, other = {}, slope;
-        PK_EACH_VECTOR {
-            const Vec<T> sx = n.x(layer.s), sy = n.y(layer.s, u), difference = sx - sy;
-            next[u] = quarter * difference * difference;
-            if (layer.keeps_f) other[u] = quarter * (sx + sy) * (sx + sy);
-            slope[u] = zero;
-            if constexpr (derivatives) {
-                *kept++ = e[u];
-                *kept++ = tangent[u];
-            }
-        }
-        for (int i = 0; i < layer.count; ++i) {
-            const Branch<T>& branch = layer.branches[i];
-            Made<T, U> made = {};
-            make<T, U, derivatives>(branch, layer, n, e, f, made);
+        if constexpr (derivatives) {
             PK_EACH_VECTOR {
-                const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy, difference = cx - cy;
-                const Vec<T> apart = quarter * difference * difference;
-                next[u] = next[u] + (both * made.e[u] + apart);
-                if (layer.keeps_f)
-                    other[u] = other[u] + (both * (branch.keeps_f ? made.f[u] : one - made.e[u]) + apart);
-                slope[u] = slope[u] + both * made.d[u];
-                if constexpr (derivatives) {
-                    *kept++ = made.e[u];
-                    *kept++ = made.d[u];
-                    *kept++ = made.d_e[u];
-                    *kept++ = made.e_q[u];
-                    *kept++ = made.d_q[u];
-                }
+                kept[2 * u] = state.e[u];
+                kept[2 * u + 1] = state.tangent[u];
             }
+            kept += Kept<T, U>::per_layer;
         }
-        PK_EACH_VECTOR {
-            e[u] = next[u];
-            f[u] = one - next[u];
-            if (layer.keeps_f) {
-                // Where they differ by rounding, the smaller one is right.
-                const Vec<T> half(T(0.5)), trusted = other[u];
-                e[u] = select_le(half, trusted, e[u], one - trusted);
-                f[u] = select_le(half, trusted, f[u], trusted);
-            }
-            if (layer.rounded) {
-                e[u] = least(greatest(zero, e[u]), one);
-                f[u] = least(greatest(zero, f[u]), one);
-            }
-            tangent[u] = (f[u] - e[u]) + tangent[u] * slope[u];
+        if (!layer.one_relu) {
+            State<T, U> copy = state;  // whose address may be known
+            general_layer<T, U, derivatives>(layer, n, copy, kept);
+            state = copy;
+        } else if (layer.folded) {
+            relu_layer<T, U, derivatives, true>(layer, n, state, kept);
+        } else {
+            relu_layer<T, U, derivatives, false>(layer, n, state, kept);
         }
+        if constexpr (derivatives) kept += layer.count * Kept<T, U>::per_branch;
     }
 }
 
@@ -434,19 +487,19 @@ PK_INLINE void layers_backward(const Network<T>& network, const Numbers<T>& n, c
         for (int i = 0; i < layer.count; ++i) {
             const Branch<T>& branch = layer.branches[i];
             const Vec<T>* const made = kept + i * Kept<T, U>::per_branch;
+            const bool homogeneous = branch.activation <= NtkActivation::leaky_relu;
             Vec<T> of_c = zero, of_q = zero;
             PK_EACH_VECTOR {
                 const Vec<T> e_phi = made[5 * u], d_phi = made[5 * u + 1], d_e = made[5 * u + 2];
                 const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy;
                 const Vec<T> through = of_tangent[u] * before[2 * u + 1];
                 of_c = of_c + (cy * (of_e[u] * e_phi + through * d_phi) + of_e[u] * half * (cx - cy));
-                of_q = of_q + both * (of_e[u] * made[5 * u + 3] + through * made[5 * u + 4]);
+                if (!homogeneous) of_q = of_q + both * (of_e[u] * made[5 * u + 3] + through * made[5 * u + 4]);
                 next[u] = next[u] + both * (of_e[u] * d_phi + through * d_e);
                 next_tangent[u] = next_tangent[u] + of_tangent[u] * both * d_phi;
             }
             sums[branch.primary] = sums[branch.primary] + of_c;
-            if (branch.activation > NtkActivation::leaky_relu)
-                sums[branch.primary + 1] = sums[branch.primary + 1] + of_q;
+            if (!homogeneous) sums[branch.primary + 1] = sums[branch.primary + 1] + of_q;
         }
         PK_EACH_VECTOR {
             of_e[u] = next[u];

@@ -11,6 +11,11 @@ constexpr double pi = 3.14159265358979323846;
 
 bool homogeneous(const NtkBranch& branch) { return branch.activation <= NtkActivation::leaky_relu; }
 
+// From `complement` = 1 - x^2 where that is the smaller one; 0 <= x <= 1.
+double arcsine(double x, double complement) {
+    return x * x <= 0.5 ? std::asin(x) : pi / 2 - std::asin(std::sqrt(complement));
+}
+
 struct Norm {
     double value, slope;  // sqrt(E[phi(z)^2]) / |amplitude|, z ~ N(0, q), and d log value / d log q
 };
@@ -24,7 +29,7 @@ Norm norm_of(const NtkBranch& branch, double q) {
         case NtkActivation::leaky_relu: return {std::sqrt((1 + b) / 2 * q), 0.5};
         case NtkActivation::erf: {
             const double z = 2 * b * q, ratio = z / (1 + z);
-            square = 2 / pi * std::asin(ratio);
+            square = 2 / pi * arcsine(ratio, (1 + 2 * z) / ((1 + z) * (1 + z)));
             // sqrt(1 - ratio^2) = sqrt(1 + 2 z) / (1 + z)
             derivative = 2 / pi * ratio / std::sqrt(1 + 2 * z);
             break;
@@ -36,7 +41,7 @@ Norm norm_of(const NtkBranch& branch, double q) {
         }
         case NtkActivation::gelu: {
             const double whole = 1 + q, rest = 1 + 2 * q, j = 1 / (2 * pi * std::sqrt(rest));
-            const double i = 0.25 + std::asin(q / whole) / (2 * pi), bracket = 2 * q * q / whole;
+            const double i = 0.25 + arcsine(q / whole, rest / (whole * whole)) / (2 * pi), bracket = 2 * q * q / whole;
             const double kernel_q =
                 -q * q * j / (2 * whole) - j * whole / (2 * rest) * bracket + j * (q - q * q / (whole * whole));
             const double kernel_c = i + j * q * (2 / whole + 1 / rest);

@@ -39,7 +39,7 @@ int ntk_primaries(const NtkNetwork& network);
 
 // Variances below this are taken for it; so is no bias of the first layer, which gives zero vectors a direction, that of the
 // bias, and gradients.
-constexpr double ntk_least_variance = 1e-60;
+constexpr double ntk_least_variance = 1e-36;
 
 // numbers (ntk_numbers) and derivatives (ntk_primaries, or null) of the primary ones with respect to log q_0.
 void ntk_row(const NtkNetwork& network, double variance, double* numbers, double* derivatives);

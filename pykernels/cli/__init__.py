@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 import pykernels
 from pykernels._errors import InputError, MissingExtraError
-from pykernels.cli import _advection_diffusion, _forecast, _info, _neural_ode, _trained, _usrl, _usrl_long
+from pykernels.cli import (
+    _advection_diffusion,
+    _forecast,
+    _gantk,
+    _gantk_generator,
+    _info,
+    _neural_ode,
+    _trained,
+    _usrl,
+    _usrl_long,
+)
 from pykernels.cli._options import Parser
 
 
@@ -60,6 +70,8 @@ def _parser() -> Parser:
     _usrl_long.add(systems)
     _neural_ode.add(systems)
     _advection_diffusion.add(systems)
+    _gantk.add(systems)
+    _gantk_generator.add(systems)
     _forecast.add(commands)
     _trained.add(commands)
     return parser

@@ -24,6 +24,12 @@ incorporating prior scientific knowledge", ICLR 2018, as in the thesis of E. de 
 
 - ``advection_diffusion.csv``: test mean squared error over six days of normalised images, and seconds for a forecast on
   a GPU (the first row's: on a CPU). The data are not public, and the unit of the errors is not given.
+
+Particles under a discriminator. Source: Franceschi et al., "A neural tangent kernel perspective of GANs", ICML 2022, as
+in the theses of its authors J.-Y. Franceschi, E. de Bezenac and I. Ayed (Sorbonne Universite):
+
+- ``gantk.csv``: Sinkhorn divergence of the particles and their target at the end, mean and standard deviation over
+  three runs, for infinitely wide discriminators, finite ones, and finite ones with new weights at each step.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ __all__ = [
     "mean_accuracy",
     "published_accuracy",
     "published_forecast",
+    "published_particles",
     "published_regression",
     "published_sea_surface",
     "published_sparse_labels",
@@ -184,6 +191,21 @@ def published_sea_surface(model: str) -> tuple[float, float] | None:
     for row in _rows("advection_diffusion"):
         if row["model"] == model:
             return float(row["mse"]), float(row["seconds"])
+    return None
+
+
+def published_particles(data: str, loss: str, discriminator: str, kernel: str) -> tuple[float, float] | None:
+    """Sinkhorn divergence at the end, and its standard deviation over three runs; None where there is none.
+
+    Args:
+        data: ``"8gaussians"``, ``"density"`` or ``"ab"``.
+        loss: ``"ipm"`` or ``"lsgan"``.
+        discriminator: ``"infinite"``, ``"finite"`` or ``"reset"``.
+        kernel: ``"relu"``, ``"rbf"``, ``"relu_no_bias"`` or ``"sigmoid"``.
+    """
+    for row in _rows("gantk"):
+        if (row["data"], row["loss"], row["discriminator"], row["kernel"]) == (data, loss, discriminator, kernel):
+            return float(row["mean"]), float(row["std"])
     return None
 
 

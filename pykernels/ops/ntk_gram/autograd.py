@@ -146,12 +146,9 @@ class _Sums:
             augmented = reference.augment(detached.x, *detached[2:])
             q = reference.normalized(augmented.detach())[1]
             parameters = reference.primary(reference.rows(q, *detached[2:], self.options), self.options)
-            found = torch.autograd.grad(
-                (augmented, parameters),
-                detached[2:],
-                (gradients.double(), rows.double()),
-                allow_unused=True,
-            )
+            # A network without hidden layers has no row parameter that depends on the scales.
+            total = (augmented * gradients.double()).sum() + (parameters * rows.double()).sum()
+            found = torch.autograd.grad(total, detached[2:], allow_unused=True)
         for i, gradient in enumerate(found, start=2):
             if self.needed[i] and gradient is not None:
                 self._accumulate(i, gradient)

@@ -336,6 +336,7 @@ def _implementations(compiled: Callable[..., Any], plain: Callable[..., Any]) ->
 
     return {
         "cpu": Implementation(on("cpu"), _cpu_can_run, _native.available),
+        "triton": Implementation(on("triton"), _triton_can_run, _triton.available),
         "reference": Implementation(plain, lambda *args: YES, lambda: YES),
     }
 

@@ -31,18 +31,25 @@ from pykernels.ops.ntk_gram.activations import ERF, GELU, IDENTITY, LEAKY_RELU, 
 
 #: Variances below this are taken for it; so is no bias of the first layer, which gives zero vectors a direction,
 #: that of the bias, and gradients.
-LEAST_VARIANCE = 1e-60
+LEAST_VARIANCE = 1e-36
 #: Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 NEAR = 0.02
 _CHUNK = 1 << 22  # elements of a temporary
 
 
 class BranchRows(NamedTuple):
-    """Of the points, for a branch of a layer: the length of its part, and the variance and norm before it."""
+    """Of the points, for a branch of a layer: the length of its part, and what it depends on of their variance q.
+
+    ``first`` and ``second`` are 1 / (1 + 2 b^2 q) and sqrt(2 b^2 q / (1 + 2 b^2 q)) of erf; exp(-b^2 q) of sin and 1 /
+    (1 + q) of gelu, twice.
+    """
 
     c: Tensor
     q: Tensor
+    root: Tensor  # sqrt(q)
     norm: Tensor  # sqrt(E[phi(z)^2])
+    first: Tensor
+    second: Tensor
 
 
 class LayerRows(NamedTuple):
@@ -89,14 +96,24 @@ def activation_norm(branch: Branch, q: Tensor) -> Tensor:
         return amplitude * math.sqrt((1 + b * b) / 2) * q.sqrt()
     if branch.code == ERF:
         z = 2 * b * b * q
-        square = 2 / math.pi * torch.asin((z / (1 + z)).clamp_max(1.0))
+        square = 2 / math.pi * _arcsine(z / (1 + z), (1 + 2 * z) / (1 + z).square())
     elif branch.code == SIN:
         square = (1 - third) / 2 - third / 2 * torch.expm1(-2 * b * b * q)
     elif branch.code == GELU:
-        square = gelu_kernels(q, q, q)[0]
+        square = _gelu_square(q)
     else:
         square = torch.ones_like(q)
     return amplitude * square.clamp_min(LEAST_VARIANCE).sqrt()
+
+
+def _numbers(branch: Branch, q: Tensor) -> tuple[Tensor, Tensor]:
+    """``first`` and ``second`` of :class:`BranchRows`."""
+    b = branch.constants[1] ** 2
+    if branch.code == ERF:
+        z = 2 * b * q
+        return 1 / (1 + z), (z / (1 + z)).sqrt()
+    number = torch.exp(-b * q) if branch.code == SIN else 1 / (1 + q)
+    return number, number
 
 
 def rows(q: Tensor, weight_std: Tensor, bias_std: Tensor, options: Options) -> Rows:
@@ -109,7 +126,10 @@ def rows(q: Tensor, weight_std: Tensor, bias_std: Tensor, options: Options) -> R
             bias = (bias * bias + weight * weight * offset).sqrt()
         following = (bias * bias + sum(weight * weight * n * n for n in norms)).clamp_min(LEAST_VARIANCE)
         root = following.sqrt()
-        branches = [BranchRows(weight * n / root, q, n) for n in norms]
+        branches = [
+            BranchRows(weight * n / root, q, q.sqrt(), n, *_numbers(branch, q))
+            for branch, n in zip(layer, norms, strict=True)
+        ]
         found.append(LayerRows(branches, bias / root))
         q = following
     return Rows(found, q.sqrt())
@@ -193,19 +213,14 @@ def _pair(
     if branch.homogeneous:
         e_phi, d_phi = _piecewise_linear(branch.constants[1], e, f)
         return e_phi, None, d_phi
-    roots, norms = x.q.sqrt() * y.q.sqrt(), x.norm * y.norm
     amplitude = branch.constants[0] ** 2
     odd = branch.code == ERF or (branch.code == SIN and branch.constants[2] == 1)
-    if branch.code == GELU:
-        kernel, derivative = gelu_kernels(x.q, y.q, roots * (f - e))
-        e_phi = (1 - amplitude * kernel / norms) / 2
-    else:
-        compute = {ERF: _erf, SIN: _sin, RBF: _rbf}[branch.code]
-        e_phi, derivative = compute(branch, e, f, x, y, stable)
+    compute = {ERF: _erf, GELU: _gelu, SIN: _sin, RBF: _rbf}[branch.code]
+    e_phi, derivative = compute(branch, e, f, x, y, stable)
     f_phi = None
     if stable and odd:
         f_phi = {ERF: _erf, SIN: _sin}[branch.code](branch, f, e, x, y, stable)[0]
-    return e_phi, f_phi, amplitude * derivative * roots / norms
+    return e_phi, f_phi, amplitude * derivative * (x.root / x.norm) * (y.root / y.norm)
 
 
 def _half_angle(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,69 +253,93 @@ def _piecewise_linear(slope: float, e: Tensor, f: Tensor) -> tuple[Tensor, Tenso
 
 def _from_distance(branch: Branch, distance: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
     """e_phi from E[(phi(f(x)) - phi(f(y)))^2] / amplitude^2."""
-    norms = x.norm * y.norm
-    return (branch.constants[0] ** 2 * distance - (x.norm - y.norm).square()) / (4 * norms)
+    return (branch.constants[0] ** 2 * distance / x.norm - (x.norm - y.norm).square() / x.norm) / (4 * y.norm)
 
 
-def _apart(sizes: Tensor, x: Tensor, y: Tensor, e: Tensor) -> Tensor:
-    """q + r - 2 c, from e and sqrt(q r)."""
-    return (x.sqrt() - y.sqrt()).square() + 4 * sizes * e
+def _from_kernel(branch: Branch, kernel: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
+    """e_phi from E[phi(f(x)) phi(f(y))] / amplitude^2."""
+    return (1 - branch.constants[0] ** 2 * kernel / x.norm / y.norm) / 2
+
+
+def _apart(x: BranchRows, y: BranchRows, e: Tensor) -> Tensor:
+    """q + r - 2 c."""
+    return (x.root - y.root).square() + 4 * x.root * y.root * e
+
+
+def _arcsine(x: Tensor, complement: Tensor) -> Tensor:
+    """asin(x), from ``complement`` = 1 - x^2 where that is the smaller one."""
+    small = x.square() <= 0.5
+    near = torch.asin(torch.where(small, x, 0.0))
+    far = math.pi / 2 - torch.asin(torch.where(small, 0.5, complement).sqrt())
+    return torch.where(small, near, torch.where(x < 0, -far, far))
 
 
 def _erf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
     """K = 2/pi asin(X), X = 2 c / sqrt((1 + 2q) (1 + 2r)): an angle once more, that of vectors with a part 1."""
     frequency = branch.constants[1] ** 2
-    bx, by = 1 / (1 + 2 * frequency * x.q), 1 / (1 + 2 * frequency * y.q)  # the squared part of the ones
-    lengths = ((1 - bx) * (1 - by)).sqrt()
+    bx, by, lx, ly = x.first, y.first, x.second, y.second  # the squared part of the ones, and the length of the rest
+    lengths = lx * ly
     complement = bx + by - bx * by + 4 * lengths * lengths * e * f  # 1 - X^2
-    derivative = 4 * frequency / math.pi * (bx * by).sqrt() / complement.sqrt()
+    derivative = 4 * frequency / math.pi * (bx * by / complement).sqrt()
     if not stable:
-        kernel = 2 / math.pi * torch.asin((lengths * (f - e)).clamp(-1, 1))
-        return (1 - branch.constants[0] ** 2 * kernel / (x.norm * y.norm)) / 2, derivative
+        kernel = 2 / math.pi * _arcsine(lengths * (f - e), complement)
+        return _from_kernel(branch, kernel, x, y), derivative
     # The angles eta = pi/2 - asin(X) of the pair and of each with itself, as differences: h = sin(eta / 2)^2.
-    apart = ((1 - bx).sqrt() - (1 - by).sqrt()).square() / 4 + lengths * e
+    apart = (lx - ly).square() / 4 + lengths * e
     hx, hy = bx / 2, by / 2
     h = (hx + hy) / 2 + apart
+    # (hy - hx) / 2; of small variances from the lengths
+    own = torch.where(bx + by <= 1, by - bx, (lx - ly) * (lx + ly)) / 4
 
     def angle(difference: Tensor, own: Tensor) -> Tensor:
         scale = (h * (1 - own)).sqrt() + (own * (1 - h)).sqrt()
-        return 2 * torch.asin((difference / scale.clamp_min(1e-150)).clamp(-1, 1))
+        return 2 * torch.asin((difference / scale.clamp_min(1e-30)).clamp(-1, 1))
 
-    distance = 2 / math.pi * (angle((hy - hx) / 2 + apart, hx) + angle((hx - hy) / 2 + apart, hy))
+    distance = 2 / math.pi * (angle(own + apart, hx) + angle(apart - own, hy))
     return _from_distance(branch, distance, x, y), derivative
 
 
 def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
     """K = (U - cos(2 phase) V) / 2, U = exp(-b^2 D / 2), V = exp(-b^2 S / 2), D = q + r - 2c, S = q + r + 2c."""
     b, even = branch.constants[1] ** 2, branch.constants[2]
-    roots = x.q.sqrt() * y.q.sqrt()
     sign: float | Tensor = 1.0
     if even == -1:  # the cosine does not know the sign of its argument
         sign = torch.where(e <= f, 1.0, -1.0)
         e, f = torch.where(e <= f, e, f), torch.where(e <= f, f, e)
-    apart = b / 2 * _apart(roots, x.q, y.q, e)
-    u, v = torch.exp(-apart), torch.exp(-b / 2 * _apart(roots, x.q, y.q, f))
-    px, py = torch.exp(-b * x.q), torch.exp(-b * y.q)
+    apart = b / 2 * _apart(x, y, e)
+    u, v = torch.exp(-apart), torch.exp(-b / 2 * _apart(x, y, f))
     # px^2 + py^2 - 2 V, and V = px py exp(apart), which is exp(-b S / 2) where exp(apart) would overflow
-    lost = (px - py).square() + 2 * v * torch.expm1(-apart)
+    lost = (x.first - y.first).square() + 2 * v * torch.expm1(-apart)
     return _from_distance(branch, -torch.expm1(-apart) - even / 2 * lost, x, y), sign * b / 2 * (u + even * v)
 
 
 def _rbf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
     """K = exp(-gamma D)."""
     gamma = branch.constants[1]
-    apart = gamma * _apart(x.q.sqrt() * y.q.sqrt(), x.q, y.q, e)
+    apart = gamma * _apart(x, y, e)
     return _from_distance(branch, -2 * torch.expm1(-apart), x, y), 2 * gamma * torch.exp(-apart)
 
 
-def gelu_kernels(q: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """K and K' of z Phi(z)."""
-    qq, rr = 1 + q, 1 + r
-    rest = qq * rr - c * c
+def _gelu(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
+    """With R = (1 + q)(1 + r) - c^2, J = 1 / (2 pi sqrt R), I = 1/4 + asin(c / sqrt((1 + q)(1 + r))) / (2 pi):
+
+    K = c I + J [q r - c^2 + c^2 / (1 + q) + c^2 / (1 + r)], K' = I + J c [1 / (1 + q) + 1 / (1 + r) + 1 / R].
+    """
+    roots = x.root * y.root
+    c, sines = roots * (f - e), 4 * roots * roots * e * f  # q r - c^2
+    rest = 1 + x.q + y.q + sines
     j = 1 / (2 * math.pi * rest.sqrt())
-    i = 0.25 + torch.asin(c / (qq * rr).sqrt()) / (2 * math.pi)
-    kernel = c * i + j * (q * r - c * c + c * c / qq + c * c / rr)
-    return kernel, i + j * c * (1 / qq + 1 / rr + 1 / rest)
+    both = x.first * y.first
+    i = 0.25 + _arcsine(c * both.sqrt(), rest * both) / (2 * math.pi)
+    kernel = c * i + j * (sines + c * c * (x.first + y.first))
+    return _from_kernel(branch, kernel, x, y), i + j * c * (x.first + y.first + 1 / rest)
+
+
+def _gelu_square(q: Tensor) -> Tensor:
+    """K(q, q, q)."""
+    whole, rest = 1 + q, 1 + 2 * q
+    i = 0.25 + _arcsine(q / whole, rest / (whole * whole)) / (2 * math.pi)
+    return q * i + q * q / whole / (math.pi * rest.sqrt())
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,600 @@
+"""The compiled kernels against the reference: values and gradients, layouts of memory, numbers that are not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import pykernels
+from pykernels import NTK
+
+from .networks import FEW, NETWORKS, Network, error, ids, normal, pairs, sample, size_of
+
+NAN, INF = float("nan"), float("inf")
+F64 = torch.float64
+#: How the results of :func:`results` are called.
+NAMES = ("nngp", "ntk", "product", "values", "gradients")
+
+
+class Points(NamedTuple):
+    """Points x (..., N, d) and y (..., M, d) or None, factors v (..., M, p) and a (..., M)."""
+
+    x: Tensor
+    y: Tensor | None
+    v: Tensor
+    a: Tensor
+
+    @classmethod
+    def of(
+        cls, n: int, m: int | None, d: int, p: int = 2, lead: tuple[int, ...] = (), dtype: torch.dtype = F64
+    ) -> Points:
+        """``m`` None: of one set."""
+        columns = n if m is None else m
+        y = None if m is None else normal(*lead, m, d, seed=1, dtype=dtype)
+        tensors = normal(*lead, columns, p, seed=2, dtype=dtype), normal(*lead, columns, seed=3, dtype=dtype)
+        return cls(normal(*lead, n, d, dtype=dtype), y, *tensors)
+
+    @property
+    def z(self) -> Tensor:
+        return self.x if self.y is None else self.y
+
+    def to(self, dtype: torch.dtype) -> Points:
+        return Points(*(None if t is None else t.to(dtype) for t in self))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Points:
+        return Points(*(None if t is None else function(t) for t in self))
+
+
+def results(network: Network, points: Points, backend: str, kind: str = "ntk", **options: str) -> list[Tensor]:
+    """Both Gram matrices, and of one kind the product with v, and the witness's values and gradients."""
+    kernels, given = network.kernels(), {"kind": kind, "backend": backend, **options}
+    return [
+        *kernels.gram(points.x, points.y, **{**given, "kind": "both"}),
+        kernels.matvec(points.x, points.z, points.v, **given),
+        *kernels.witness(points.x, points.z, points.a, **given),
+    ]
+
+
+def gradients(network: Network, points: Points, backend: str, kind: str = "ntk") -> list[Tensor]:
+    """Of points, factors and scales, through each of the functions."""
+    kernels, found = network.kernels(learnable=True), []
+    leaves = points.map(lambda t: t.detach().clone().requires_grad_())
+    given = {"kind": kind, "backend": backend}
+    wanted = [t for t in leaves if t is not None] + list(kernels.parameters())
+    # A weight for each result, the same for every backend and layout.
+    gram = kernels.gram(leaves.x, leaves.y, **{**given, "kind": "both"})
+    outputs = [
+        torch.stack(gram),
+        kernels.matvec(leaves.x, leaves.z, leaves.v, **given),
+        kernels.witness(leaves.x, leaves.z, leaves.a, **given)[0],
+    ]
+    for output in outputs:
+        weights = normal(*output.shape, seed=11, dtype=output.dtype)
+        found += torch.autograd.grad(output, wanted, weights, materialize_grads=True)
+    return found
+
+
+def sizes(network: Network, points: Points, kind: str) -> list[Tensor | None]:
+    """What the errors of :func:`results` are relative to."""
+    x, z = points.x.double(), points.z.double()
+    own = size_of(network, x, z, kind)
+    return [
+        size_of(network, x, z, "nngp"),
+        size_of(network, x, z, "ntk"),
+        own @ points.v.double().abs(),
+        (own @ points.a.double().abs().unsqueeze(-1)).squeeze(-1),
+        None,
+    ]
+
+
+_EXPECTED: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+
+def expected_of(network: Network, points: Points, kind: str, derivatives: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """By the reference, once for all capabilities."""
+    shapes = [None if t is None else tuple(t.shape) for t in points]
+    key = f"{network} {shapes} {kind} {derivatives}"
+    if key not in _EXPECTED:
+        slopes = gradients(network, points, "reference", kind) if derivatives else []
+        _EXPECTED[key] = results(network, points, "reference", kind), slopes
+    return _EXPECTED[key]
+
+
+def check_float64(network: Network, points: Points, kind: str = "ntk", derivatives: bool = True) -> None:
+    expected, slopes = expected_of(network, points, kind, derivatives)
+    actual = results(network, points, "cpu", kind)
+    for name, one, other, size in zip(NAMES, actual, expected, sizes(network, points, kind), strict=True):
+        off = error(one, other, None if size is None else size.clamp_min(1e-30))
+        assert off <= (1e-11 if name == "gradients" else 1e-12), f"{network}, {points.x.shape}, {name}: {off:.1e}"
+    if derivatives:
+        for i, (one, other) in enumerate(zip(gradients(network, points, "cpu", kind), slopes, strict=True)):
+            off = error(one, other)
+            assert off <= 1e-11, f"{network}, {points.x.shape}, gradient {i}: {off:.1e}"
+
+
+#: Rows, columns (None: of one set), dimensions: around those of vectors, tiles, strips of them, and parts of products.
+SHAPES = [
+    (1, None, 1), (1, 1, 1), (2, None, 2), (3, 2, 1), (1, 7, 3), (7, 1, 5), (5, 3, 7), (8, None, 6), (9, 8, 8),
+    (15, 17, 7), (16, 16, 9), (17, None, 15), (31, 33, 16), (32, None, 8), (33, 31, 17), (47, None, 10), (48, 49, 3),
+    (49, None, 31), (63, 65, 8), (64, None, 33), (65, 1, 95), (1, 129, 96), (2, 257, 9), (257, 2, 4), (97, None, 97),
+    (127, 3, 98), (4, 383, 11), (3, 385, 2), (129, None, 2), (11, 13, 191), (13, None, 192), (6, 5, 193), (5, 6, 784),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=ids(NETWORKS))
+def test_networks(network, capability, poisoned):
+    for kind in ("ntk", "nngp"):
+        for m in (None, 21):
+            check_float64(network, Points.of(19, m, 3), kind)
+            check_float64(network, Points.of(18, m, 20), kind)
+
+
+def test_shapes(capability, poisoned):
+    networks = itertools.cycle(FEW)
+    for i, (n, m, d) in enumerate(SHAPES):
+        points = Points.of(n, m, d, p=(1, 2, 3, 4, 5, 8, 9, 17)[i % 8])
+        check_float64(next(networks), points, ("ntk", "nngp")[i % 3 == 2], derivatives=n * (m or n) * d < 20_000)
+
+
+def test_sample(capability, poisoned):
+    for network, (batch, n, m, d, p) in sample(25, seed=1):
+        points = Points.of(n, None if p == 1 else m, d, p, (batch,) if batch > 1 else ())
+        check_float64(network, points, derivatives=n * m < 2000)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (1, 1, 2)], ids=str)
+def test_leading_dimensions(lead, capability, poisoned):
+    """A batch has, cloud by cloud, the bits that each has alone."""
+    for network, m in itertools.product(FEW[:3], (None, 20)):
+        points = Points.of(17, m, 5, lead=lead)
+        check_float64(network, points)
+        whole = results(network, points, "cpu")
+        flat = points.map(lambda t: t.flatten(0, len(lead) - 1) if lead else t.unsqueeze(0))
+        for b in range(max(1, math.prod(lead))):
+            alone = results(network, flat.map(lambda t: t[b]), "cpu")  # noqa: B023
+            for one, all_of_them in zip(alone, whole, strict=True):
+                together = all_of_them.flatten(0, len(lead) - 1) if lead else all_of_them.unsqueeze(0)
+                assert torch.equal(one, together[b])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty_sets(backend, poisoned):
+    """No rows, no columns, no clouds, no columns of v, no dimensions: the shapes are right and sums are 0."""
+    network = Network(2, "relu", 1.1, 0.4)
+    for n, m, d, p, lead in [
+        (0, 3, 2, 1, ()), (3, 0, 2, 1, ()), (0, 0, 2, 1, ()), (0, None, 2, 1, ()), (3, 4, 2, 0, ()), (3, 4, 2, 1, (0,)),
+        (3, 4, 2, 2, (2, 0)), (3, None, 2, 2, (0,)), (3, 4, 0, 2, ()), (3, None, 0, 1, (2,)), (0, 4, 0, 0, (0,)),
+    ]:  # fmt: skip
+        points = Points.of(n, m, d, p, lead)
+        found = results(network, points, backend)
+        columns = n if m is None else m
+        shapes = [(*lead, n, columns)] * 2 + [(*lead, n, p), (*lead, n), (*lead, n, d)]
+        assert [tuple(t.shape) for t in found] == shapes
+        if columns == 0:
+            assert all((t == 0).all() for t in found)
+        if d == 0:  # only biases are left
+            torch.testing.assert_close(found[0], torch.full_like(found[0], 0.0) + own_of_bias(network))
+        for t in gradients(network, points, backend):
+            assert t.isfinite().all()
+
+
+def own_of_bias(network: Network) -> float:
+    return float(network.kernels().diag(torch.zeros(1, 1, dtype=F64), kind="nngp"))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads(threads, poisoned):
+    """The same bits, whatever the number of threads."""
+    for network, (n, m, d, lead) in itertools.product(
+        FEW[:3], [(150, None, 3, ()), (130, 200, 20, ()), (3, 900, 9, ()), (900, 3, 2, ()), (40, None, 100, (5,))]
+    ):
+        for dtype in (torch.float32, F64):
+            points = Points.of(n, m, d, lead=lead, dtype=dtype)
+            torch.set_num_threads(1)
+            expected = results(network, points, "cpu") + gradients(network, points, "cpu")
+            torch.set_num_threads(threads)
+            for _ in range(2):
+                actual = results(network, points, "cpu") + gradients(network, points, "cpu")
+                assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+#: Dimensions, depths and scales for which float32 is promised to 1e-6 of sqrt(k(x, x) k(y, y)).
+PROMISED = list(itertools.product((2, 16, 784), (1, 3, 10), ((1.0, 0.0), (1.0, 1.0), (2**0.5, 0.0))))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_float32(activation, capability):
+    """On random, equal, nearly equal and opposite points, of one set and of two."""
+    for d, depth, scales in PROMISED:
+        network = Network(depth, activation, *scales)
+        kernels = network.kernels()
+        x, y = pairs(d, 5)
+        keep = torch.arange(len(y)) // 5 != 7  # but for those near zero
+        x, y = x.float(), y[keep].float()
+        together = torch.cat([x, y])
+        for points, others in ((x, y), (together, None)):
+            found = kernels.gram(points, others, kind="both", backend="cpu")
+            columns = points if others is None else others
+            exact = kernels.gram(points.double(), columns.double(), kind="both", backend="reference")
+            for kind, value, expected in zip(("nngp", "ntk"), found, exact, strict=True):
+                off = error(value, expected, size_of(network, points, columns, kind))
+                assert off <= 1e-6, (d, depth, scales, kind, off)
+        v = normal(len(y), 2, dtype=torch.float32)
+        product = kernels.matvec(x, y, v, backend="cpu")
+        expected = kernels.matvec(x.double(), y.double(), v.double(), backend="reference")
+        assert error(product, expected, size_of(network, x, y) @ v.double().abs()) <= 1e-6
+        value, _ = kernels.witness(x, y, v[:, 0].contiguous(), backend="cpu")
+        assert error(value, expected[:, 0], size_of(network, x, y) @ v[:, 0].double().abs()) <= 1e-6
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=ids(NETWORKS))
+def test_float32_beside_the_reference(network, capability):
+    """Errors at most twice those of the reference in float32, gradients three times; or of the size of rounding."""
+    ours, theirs = [0.0] * 5, [0.0] * 5
+    own, their = 0.0, 0.0
+    for n, m, d in ((20, None, 2), (17, 19, 12), (10, 11, 130)):
+        points = Points.of(n, m, d, dtype=torch.float32)
+        exact = results(network, points.to(F64), "reference")
+        exact_gradients = gradients(network, points.to(F64), "reference")
+        of = sizes(network, points, "ntk")
+        for total, backend in ((ours, "cpu"), (theirs, "reference")):
+            for i, (found, expected) in enumerate(zip(results(network, points, backend), exact, strict=True)):
+                total[i] = max(total[i], error(found, expected, of[i]))
+        pairs_of = zip(gradients(network, points, "cpu"), exact_gradients, strict=True)
+        own = max(own, *(error(one, other) for one, other in pairs_of))
+        pairs_of = zip(gradients(network, points, "reference"), exact_gradients, strict=True)
+        their = max(their, *(error(one, other) for one, other in pairs_of))
+    eps = torch.finfo(torch.float32).eps
+    for name, one, other in zip(NAMES, ours, theirs, strict=True):
+        assert one <= (3 if name == "gradients" else 2) * other + 4 * eps, (name, one, other)
+    assert own <= 3 * their + 10 * eps, (own, their)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precision_of_inner_products(precision, capability):
+    """The unit vectors are rounded as the reference rounds them; float64 is left alone; near points stay exact."""
+    unit = {"tf32": 2**-11, "bf16": 2**-9}[precision]
+    for network in FEW[:3]:
+        points = Points.of(33, 40, 24, dtype=torch.float32)
+        found = results(network, points, "cpu", precision=precision)
+        expected = results(network, points, "reference", precision=precision)
+        full = results(network, points, "reference")
+        for name, one, other, exact, size in zip(
+            NAMES, found, expected, full, sizes(network, points, "ntk"), strict=True
+        ):
+            assert error(one, other, size) <= (3e-4 if name == "gradients" else 1e-5), name
+            if name != "gradients":
+                assert error(one, exact, size) <= 8 * unit
+                assert not torch.equal(one, exact)
+        double = points.to(F64)
+        same = results(network, double, "cpu", precision=precision)
+        assert all(torch.equal(a, b) for a, b in zip(same, results(network, double, "cpu"), strict=True))
+
+
+def inside(t: Tensor) -> Tensor:
+    """The values of ``t``, as a view into memory that holds NaN everywhere around it and between its rows."""
+    view = t.new_full([n + 6 for n in t.shape], NAN)[(slice(3, -3),) * t.dim()]
+    return view.copy_(t)
+
+
+def every_second(t: Tensor) -> Tensor:
+    return t.new_full([2 * n for n in t.shape], NAN)[(slice(None, None, 2),) * t.dim()].copy_(t)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return inside(t.movedim(-1, 0)).movedim(0, -1)
+
+
+def backwards(t: Tensor) -> Tensor:
+    """Points in memory in reversed order of batches, as far as torch has no negative strides: permuted."""
+    return inside(t.movedim(0, -1)).movedim(-1, 0)
+
+
+def negated(t: Tensor) -> Tensor:
+    view = torch._neg_view(inside(-t))
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("layout", [inside, every_second, transposed, backwards, negated])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_any_strides(dtype, layout: Callable[[Tensor], Tensor], capability):
+    """The same bits as for contiguous tensors, if one argument is laid out otherwise, and if all are."""
+    for network, (m, d, p, lead) in zip(FEW, [(9, 3, 1, ()), (None, 20, 5, (2,)), (12, 9, 3, (2, 2))], strict=False):
+        points = Points.of(11, m, d, p, lead, dtype)
+        expected = results(network, points, "cpu")
+        assert all(t.isfinite().all() for t in expected)
+        views = points.map(layout)
+        changed = [points._replace(**{name: view}) for name, view in views._asdict().items() if view is not None]
+        for one in [*changed, views]:
+            for name, found, t in zip(NAMES, results(network, one, "cpu"), expected, strict=True):
+                assert torch.equal(found, t), name
+        leaves = [views.x.detach().requires_grad_(), points.x.clone().requires_grad_()]
+        weights = layout(normal(*expected[1].shape, seed=5, dtype=dtype))
+        grads = [torch.autograd.grad(network.kernels().gram(t, points.y), t, weights)[0] for t in leaves]
+        assert torch.equal(*grads)
+
+
+def test_expanded(capability):
+    """Strides of 0, in the arguments and in the gradient that ``sum`` sends back."""
+    for network, dim in itertools.product(FEW[:3], range(3)):
+        full = Points.of(9, 8, 10, 3, (2,))
+        points = full.map(lambda t: t.narrow(dim, 0, 1).expand(t.shape) if t.dim() > dim else t)  # noqa: B023
+        copies = points.map(torch.Tensor.contiguous)
+        actual, expected = (results(network, p, "cpu") for p in (points, copies))
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+        x = copies.x.clone().requires_grad_()
+        sums = [network.kernels().gram(x, copies.y, backend=b).sum() for b in ("cpu", "reference")]
+        one, other = (torch.autograd.grad(s, x)[0] for s in sums)
+        assert error(one, other) <= 1e-11
+
+
+def test_one_set_is_two_equal_ones(capability):
+    """Half of the matrix is computed, and it is symmetric to the bit."""
+    for network, (n, d) in itertools.product(FEW, [(5, 3), (70, 20), (130, 2)]):
+        x = Points.of(n, None, d).x
+        for dtype in (torch.float32, F64):
+            points = x.to(dtype)
+            found = network.kernels().gram(points, kind="both", backend="cpu")
+            other = network.kernels().gram(points, points.clone(), kind="both", backend="cpu")
+            own = network.kernels().diag(points, kind="both")
+            for kind, one, two, diagonal in zip(("nngp", "ntk"), found, other, own, strict=True):
+                assert torch.equal(one, one.mT)
+                eps = torch.finfo(dtype).eps
+                assert error(one, two, size_of(network, points, points, kind)) <= 8 * eps
+                torch.testing.assert_close(one.diagonal(), diagonal, rtol=8 * eps, atol=0)
+
+
+def test_inputs_are_left_alone_and_results_repeat(capability):
+    for network in FEW:
+        points = Points.of(20, 30, 9)
+        copies = points.map(torch.Tensor.clone)
+        first, second = (results(network, points, "cpu") + gradients(network, points, "cpu") for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(points, copies, strict=True))
+
+
+def test_any_subset_of_the_gradients():
+    """A gradient does not depend on which others are computed; one that is not needed is not made."""
+    network = Network(2, ["relu", "erf"], 1.2, 0.4)
+    kernels = network.kernels()
+    base = [*Points.of(6, 7, 4)[:2], kernels.weight_std, torch.cat([kernels.bias_std, torch.zeros(1, dtype=F64)])]
+
+    def run(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return pykernels.ntk_gram(
+            x, y, activation=["relu", "erf"], weight_std=weight, bias_std=bias, backend="cpu"
+        ).sin()
+
+    leaves = [t.clone().requires_grad_() for t in base]
+    expected = torch.autograd.grad(run(*leaves).sum(), leaves)
+    for wanted in itertools.product((False, True), repeat=4):
+        leaves = [t.clone().requires_grad_(w) for t, w in zip(base, wanted, strict=True)]
+        found = run(*leaves)
+        assert found.requires_grad == any(wanted)
+        if any(wanted):
+            found.sum().backward()
+        for leaf, value in zip(leaves, expected, strict=True):
+            assert (leaf.grad is not None) == leaf.requires_grad
+            if leaf.grad is not None:
+                torch.testing.assert_close(leaf.grad, value, rtol=1e-12, atol=1e-13)
+
+
+each_runner = pytest.mark.parametrize("runner", [*pykernels.cpu_capabilities(), "reference"])
+
+
+def use(runner: str) -> str:
+    """The backend of a CPU capability, which is set, or the reference."""
+    if runner == "reference":
+        return runner
+    pykernels.set_cpu_capability(runner)
+    return "cpu"
+
+
+@each_runner
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_nan_and_infinity(value, runner):
+    """NaN in their row and column, and nowhere else."""
+    backend = use(runner)
+    for network, m, d, dtype in itertools.product(FEW, (None, 40), (3, 20), (torch.float32, F64)):
+        points = Points.of(37, m, d, dtype=dtype)
+        clean = network.kernels().gram(points.x, points.y, backend=backend)
+        points.x[5, 1] = value
+        if m is not None:
+            points.y[7, 2] = value
+        kernel = network.kernels().gram(points.x, points.y, backend=backend)
+        broken = torch.zeros(kernel.shape, dtype=torch.bool)
+        broken[5] = True
+        broken[:, 5 if m is None else 7] = True
+        assert torch.equal(kernel.isnan(), broken)
+        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=1e-5, atol=1e-7)
+        values, slopes = network.kernels().witness(
+            points.x, normal(9, d, dtype=dtype), normal(9, dtype=dtype), backend=backend
+        )
+        assert torch.equal(values.isnan(), broken[:, 0])
+        assert torch.equal(slopes.isnan().any(1), broken[:, 0])
+
+
+SMOOTH = ["erf", "sigmoid_like", "gelu", "sin", "cos", "rbf"]
+
+
+@each_runner
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "abs", "identity", "relu+sin", *SMOOTH])
+def test_zero_vectors(activation, runner):
+    """Finite, with finite gradients for all points, and what the variance 0 says; tiny vectors come close to it."""
+    backend = use(runner)
+    for bias, dtype in itertools.product((0.0, 0.5), (torch.float32, F64)):
+        kernels = NTK(2, activation, bias_std=bias)
+        x = torch.tensor(
+            [[0.0, 0.0], [1.0, 0.5], [1e-20, -1e-20], [0.0, 0.0], [1e-6, 0.0]], dtype=dtype
+        ).requires_grad_()
+        for kind in ("nngp", "ntk"):
+            kernel = kernels.gram(x, kind=kind, backend=backend)
+            assert kernel.isfinite().all()
+            (gradient,) = torch.autograd.grad(kernel.sum(), x)
+            assert gradient.isfinite().all(), kind
+            # A point at 1e-8 says what the limit is; the slope of these kernels there is finite.
+            small = torch.tensor([[1e-8, 0.0]], dtype=F64)
+            near = kernels.gram(small, x.detach().double(), kind=kind, backend="reference")
+            torch.testing.assert_close(kernel[0].detach().double(), near[0], rtol=1e-5, atol=1e-6)
+            values, slopes = kernels.witness(
+                x.detach(), x.detach(), torch.ones(5, dtype=dtype), kind=kind, backend=backend
+            )
+            assert values.isfinite().all()
+            assert slopes.isfinite().all()
+
+
+@each_runner
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "abs", "identity", *SMOOTH])
+def test_large_points(activation, runner):
+    """Finite, with finite gradients, where the kernel is."""
+    backend = use(runner)
+    for bias, dtype in itertools.product((0.0, 1.0), (torch.float32, F64)):
+        kernels = NTK(2, activation, bias_std=bias)
+        for scale in (1e2, 1e3, 1e5, 1e10):
+            x = torch.tensor([[1.0, -1.0], [1.0, 0.5], [1.0, -1.001]], dtype=dtype) * scale
+            x = torch.cat([x, torch.tensor([[1.0, 0.0]], dtype=dtype)]).requires_grad_()
+            kernel = kernels.gram(x, backend=backend)
+            assert kernel.isfinite().all(), scale
+            assert torch.autograd.grad(kernel.sum(), x)[0].isfinite().all(), scale
+
+
+@each_runner
+def test_points_that_nearly_coincide(runner):
+    """Gradients are finite, and those of float64, at every distance down to none."""
+    backend = use(runner)
+    for activation, bias, d in itertools.product(("relu", "abs", "erf"), (0.0, 1.0), (2, 20)):
+        kernels = NTK(3, activation, bias_std=bias)
+        x = normal(1, d)
+        for exponent in (0, 2, 4, 6, 8, 12, 15, 17, 30):
+            y = x + 10.0**-exponent * normal(1, d, seed=3)
+            for dtype in (torch.float32, F64):
+                z = torch.cat([y, -y]).to(dtype)
+                value, gradient = kernels.witness(x.to(dtype), z, torch.ones(2, dtype=dtype), backend=backend)
+                assert value.isfinite().all()
+                assert gradient.isfinite().all()
+                points = torch.cat([x, y, -y]).to(dtype).requires_grad_()
+                kernel = kernels.gram(points, backend=backend)
+                assert torch.autograd.grad(kernel.sum(), points)[0].isfinite().all()
+                if exponent <= (4 if dtype == torch.float32 else 12):
+                    exact, slope = kernels.witness(
+                        x.to(dtype).double(), z.double(), torch.ones(2, dtype=F64), backend="reference"
+                    )
+                    assert error(value, exact) <= (1e-6 if dtype == torch.float32 else 1e-12)
+                    # The direction of the difference of two unit vectors has their rounding, divided by it.
+                    rounding = 1e-7 if dtype == torch.float32 else 1e-16
+                    assert error(gradient, slope) <= rounding * (100 + 10.0**exponent)
+
+
+GUARDED = """
+import ctypes, itertools, mmap, sys
+import torch
+import pykernels
+from pykernels import NTK
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []  # the memory of tensors that are still alive
+
+
+def guarded(shape, dtype, at_end):
+    "A tensor that starts behind, or ends in front of, a page that must not be touched."
+    count = 1
+    for n in shape:
+        count *= n
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    size = count * dtype.itemsize
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    kept.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        if libc.mprotect(ctypes.c_void_p(address + page * PAGE), ctypes.c_size_t(PAGE), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape).fill_(float("nan"))
+
+
+if sys.argv[1] == "self-test":
+    t = guarded((5,), torch.float32, True)
+    print("read outside:", ctypes.c_float.from_address(t.data_ptr() + 20).value)
+    sys.exit()
+
+at_end = sys.argv[1] == "end"
+made = 0
+
+
+def new_empty(self, *size, dtype=None, **_):
+    global made
+    made += 1
+    shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    return guarded(tuple(shape), dtype or self.dtype, at_end)
+
+
+torch.Tensor.new_empty = new_empty
+g = torch.Generator().manual_seed(0)
+
+
+def leaf(*shape):
+    return guarded(shape, dtype, at_end).copy_(torch.randn(shape, generator=g)).requires_grad_()
+
+
+networks = itertools.cycle((
+    NTK(3, "relu", bias_std=1.0, learnable=True), NTK(1, "erf", 1.2, 0.3), NTK(2, ["relu+sin", "gelu"], 1.0, 0.5),
+    NTK(0, "relu"), NTK(2, "leaky_relu", 1.0, 0.2, learnable=True),
+))
+for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float32, torch.float64)):
+    pykernels.set_cpu_capability(name)
+    if dtype == torch.float64 and name != pykernels.cpu_capabilities()[-1]:
+        continue  # once in float64 will do
+    for n, m, d, p, batch, threads in [
+        (1, 1, 1, 1, 1, 1), (5, None, 2, 2, 1, 1), (17, 33, 7, 3, 2, 1), (33, 17, 8, 5, 1, 1), (31, None, 9, 1, 3, 1),
+        (49, 47, 16, 4, 1, 1), (130, None, 3, 2, 1, 3), (65, 70, 97, 2, 2, 2), (3, 390, 20, 17, 1, 2),
+        (390, 3, 5, 1, 1, 2),
+    ]:
+        torch.set_num_threads(threads)
+        for kind in ("ntk", "nngp", "both"):
+            network = next(networks)
+            x = leaf(batch, n, d)
+            y = None if m is None else leaf(batch, m, d)
+            z = x if y is None else y
+            v, a = leaf(batch, z.shape[1], p), leaf(batch, z.shape[1])
+            gram = network.gram(x, y, kind=kind, backend="cpu")
+            outputs = list(gram) if kind == "both" else [gram]
+            if kind != "both":
+                outputs.append(network.matvec(x, z, v, kind=kind, backend="cpu"))
+                outputs.append(network.witness(x, z, a, kind=kind, backend="cpu")[0])
+            for out in outputs:
+                grads = leaf(*out.shape).detach()
+                leaves = [t for t in (x, y, v, a, *network.parameters()) if t is not None]
+                found = torch.autograd.grad(out, leaves, grads, allow_unused=True)
+                assert all(bool(t.isfinite().all()) for t in (out, *found) if t is not None)
+            del x, y, z, v, a, gram, outputs, out, grads, leaves, found
+            kept.clear()
+assert made > 200, made
+print("done")
+"""
+
+
+def run_guarded(mode: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-P", "-c", GUARDED, mode], capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect through ctypes")
+def test_no_access_outside_the_tensors():
+    """Every argument and result lies against a page without access, once with its end and once with its start."""
+    self_test = run_guarded("self-test")
+    assert self_test.returncode < 0, "a page that must not be touched can be read"
+    assert "read outside" not in self_test.stdout
+    for mode in ("start", "end"):
+        run = run_guarded(mode)
+        assert run.returncode == 0, (mode, run.returncode, run.stderr[-2000:])
+        assert run.stdout == "done\n"

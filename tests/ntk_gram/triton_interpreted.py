@@ -1,0 +1,237 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: test_triton.py runs this file with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from pykernels.ops._triton_math import angle_of, asin
+from pykernels.ops.ntk_gram import Activation, ntk_gram, ntk_matvec, ntk_witness, reference
+from pykernels.ops.ntk_gram import triton as kernels
+from pykernels.ops.ntk_gram.activations import network
+from pykernels.ops.ntk_gram.reference import Problem
+
+from .triton_cases import NETWORKS, SIN, SIZES, Case, check_accuracy, check_float64, error
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(poisoned: None) -> None:
+    pass
+
+
+def test_kernels_are_interpreted():
+    assert kernels.INTERPRETED
+
+
+@pytest.mark.parametrize("case", NETWORKS + SIZES, ids=str)
+def test_float64(case: Case):
+    check_float64(case, "cpu")
+
+
+@pytest.mark.parametrize(("d", "depth"), [(2, 10), (16, 3), (784, 1), (784, 10)])
+def test_accuracy(d: int, depth: int):
+    check_accuracy(d, ("relu",) * depth, "cpu")
+
+
+def test_accuracy_of_other_networks():
+    check_accuracy(16, ("erf", "relu", "abs"), "cpu", bias=0.3)
+    check_accuracy(2, ("relu+sin", "rbf", "leaky_relu"), "cpu", bias=0.3)
+    check_accuracy(2, ("gelu", "cos"), "cpu", bias=0.3)
+
+
+@triton.jit
+def angles(h, root, angle, excess, arc, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(h + i)
+    found = angle_of(x)
+    tl.store(root + i, found[0])
+    tl.store(angle + i, found[1])
+    tl.store(excess + i, found[2])
+    tl.store(arc + i, asin(1.0 - 4.0 * x, 8.0 * x * (1.0 - 2.0 * x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_angles(dtype: torch.dtype):
+    """In units of the last place; the arcsine from -1 to 1."""
+    h = torch.cat([torch.linspace(0, 0.5, 120), torch.logspace(-12, -1, 8)]).to(dtype)
+    found = [torch.empty_like(h) for _ in range(4)]
+    angles[(1,)](h, *found, BLOCK=len(h))
+    with mpmath.workdps(40):
+        for x, root, angle, excess, arc in zip(h.tolist(), *(t.tolist() for t in found), strict=True):
+            x = mpmath.mpf(x)
+            s = mpmath.sqrt(x)
+            a = mpmath.asin(s) / s if x > 0 else mpmath.mpf(1)
+            b = (mpmath.sqrt(1 - x) - a * (1 - 2 * x)) / x if x > 0 else mpmath.mpf(4) / 3
+            for value, exact in ((root, s), (angle, a), (excess, b)):
+                assert abs(value - exact) <= 3 * torch.finfo(dtype).eps * exact, x
+            assert abs(arc - mpmath.asin(1 - 4 * x)) <= 3 * torch.finfo(dtype).eps, x
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_rounded_inner_products(precision: str):
+    """Those of rounded vectors: as the reference has them, but for the lengths that rounding changes."""
+    case = Case(("relu",), n=40, m=35, d=40, precision=precision)
+    values = case.values(torch.float32)
+    expected, actual = (case.results(values, backend, backward=False) for backend in ("reference", "triton"))
+    exact = case._replace(precision="float32").results(values, "reference", backward=False)
+    eps = {"tf32": 2.0**-11, "bf16": 2.0**-8}[precision]
+    for name in ("nngp", "ntk", "symmetric", "matvec", "value"):
+        assert error(actual[name], expected[name]) <= eps
+        assert eps / 100 < error(actual[name], exact[name]) <= 2 * eps
+
+
+def spread(t: torch.Tensor) -> torch.Tensor:
+    """The same values with gaps of NaN between all of them."""
+    wide = torch.full([2 * n for n in t.shape], float("nan"), dtype=t.dtype)
+    return wide[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
+
+
+def test_bits_depend_on_neither_the_run_nor_the_strides():
+    case = Case(("relu+sin",), n=9, m=40, d=9, batch=2, columns=2)
+    values = case.values(torch.float32)
+    first = case.results(values, "triton")
+    for change in (torch.clone, spread, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+        again = case.results({name: change(t) for name, t in values.items()}, "triton")
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_one_weight_for_all():
+    """Weights with strides of 0, and negated ones, which are views."""
+    x = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(1, 40, 3, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad(ntk_gram(x, z, backend=backend).sum(), x)[0] for backend in ("reference", "triton")
+    ]
+    assert error(*gradients) <= 1e-12
+    negated = torch._neg_view(z)
+    assert torch.equal(ntk_gram(x, negated, backend="triton"), ntk_gram(x, negated.clone(), backend="triton"))
+
+
+def test_symmetric_matrices_are_symmetric():
+    x = torch.randn(2, 70, 20)
+    gram = ntk_gram(x, activation=("relu", "erf"), bias_std=0.3, backend="triton")
+    assert torch.equal(gram, gram.mT)
+    assert error(gram, ntk_gram(x, x, activation=("relu", "erf"), bias_std=0.3, backend="triton")) <= 1e-6
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_triangles(even: bool):
+    """Every tile on or below the diagonal comes once."""
+    tiles = 7 + even
+    found = [kernels.tile_of_triangle.fn(torch.tensor(i), tiles) for i in range(tiles * (tiles + 1) // 2)]
+    assert sorted((int(i), int(j)) for i, j in found) == [(i, j) for i in range(tiles) for j in range(i + 1)]
+
+
+def test_sums_in_one_program(monkeypatch):
+    """As large problems have them, and in several blocks of components."""
+    case = Case(("relu", SIN), n=9, m=70, d=40, columns=3)
+    values = case.values(torch.float64)
+    expected = case.results(values, "reference")
+    monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "MOST_COMPONENTS", 32)
+    for name, value in case.results(values, "triton").items():
+        assert error(value, expected[name]) <= 1e-11
+
+
+def test_wide_offsets(monkeypatch):
+    """Large sizes take 64-bit offsets; with the limit lowered, the small problem does."""
+    monkeypatch.setattr(kernels, "INT32_LIMIT", 0)
+    check_float64(Case(("relu", "gelu")), "cpu")
+
+
+@pytest.mark.parametrize("activation", [("relu", "relu"), ("erf", "relu"), ("sin", "gelu"), ("rbf",)])
+def test_zero_vectors(activation: tuple[str, ...]):
+    """Of points, and of networks without weights."""
+    case = Case(activation, bias=False)
+    values = case.values(torch.float64)
+    values["x"][0, 1] = 0
+    values["z"][0, 2] = 0
+    for weight in (1.0, 0.0):
+        values["weight_std"][1] *= weight
+        expected, actual = (case.forward(values, backend) for backend in ("reference", "triton"))
+        for name, value in actual.items():
+            assert error(value, expected[name]) <= 1e-11
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite(bad: float):
+    """Reaches its own row and column only, and is NaN there."""
+    x = torch.randn(6, 3)
+    expected = ntk_gram(x, activation=("relu", "erf"), backend="triton")
+    x[2, 1] = bad
+    found = ntk_gram(x, activation=("relu", "erf"), backend="triton")
+    touched = torch.zeros(6, 6, dtype=torch.bool)
+    touched[2], touched[:, 2] = True, True
+    assert found[touched].isnan().all()
+    assert torch.equal(found[~touched], expected[~touched])
+
+
+def test_points_of_any_size():
+    """From nearly 0 to nearly too large: the kernel of a homogeneous network scales with them."""
+    x, z = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    expected = ntk_gram(x, z, activation=("relu", "abs"), backend="triton")
+    for scale in (1e-20, 1e100):
+        assert error(ntk_gram(scale * x, z, activation=("relu", "abs"), backend="triton") / scale, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (0, 0, 3), (4, 5, 0)])
+def test_empty(shape: tuple[int, int, int]):
+    """No points, and points without components: only the bias is left of these."""
+    n, m, d = shape
+    x, z = torch.randn(2, n, d), torch.randn(2, m, d)
+    options = {"bias_std": [0.5, 0.0], "backend": "triton"}
+    value, gradient = ntk_witness(x, z, torch.randn(2, m), **options)
+    product = ntk_matvec(x, z, torch.randn(2, m, 3), **options)
+    gram = ntk_gram(x, z, **options)
+    assert gradient.shape == x.shape
+    assert gram.shape == (2, n, m)
+    if m == 0:
+        assert value.eq(0).all()
+        assert product.eq(0).all()
+    if d == 0:
+        assert error(gram, torch.full_like(gram, 0.25)) <= 1e-6
+    assert product.shape == (2, n, 3)
+
+
+def test_low_precision():
+    x, z = torch.randn(5, 3).half(), torch.randn(4, 3).bfloat16()
+    found = ntk_gram(x, z, backend="triton")
+    assert found.dtype == torch.float16
+    assert error(found, ntk_gram(x.double(), z.double(), backend="reference")) <= 1e-3
+
+
+def test_gradients_of_the_witness_by_rows():
+    """The operator itself: sums of derivatives by row parameters are those of the reference on its constraint."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, w = (torch.randn(1, *shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (6, 3), (5, 6)))
+    options = network([Activation("gelu"), Activation("erf+relu")], "ntk", "float32")
+    scales = torch.rand(2, 3, generator=generator, dtype=torch.float64) + 0.5
+    values, gradients, rows = kernels.witness(Problem(x, y, *scales), None, None, w, options, True)
+    assert rows is not None
+    assert rows.shape[-1] == options.row_parameters()
+    assert torch.equal(rows[..., -1], values)
+    augmented = reference.augment(x, *scales).requires_grad_()
+    unit, q = reference.normalized(augmented)
+    side, other = reference.rows(q, *scales, options), reference._sides(Problem(y, None, *scales), options)[0]
+    total = (w * reference._kernels((unit, side), other, options)[0]).sum()
+    assert error(gradients, torch.autograd.grad(total, augmented)[0]) <= 1e-12
+    # Along the points only the row parameters change.
+    log_q = q.detach().log().requires_grad_()
+    parameters = reference.primary(reference.rows(log_q.exp(), *scales, options), options)
+    (along,) = torch.autograd.grad(parameters, log_q, rows)
+    assert error((gradients * augmented).sum(-1).detach(), 2 * along) <= 1e-12
+
+
+def test_derivatives():
+    x, z = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    tensors = (x.requires_grad_(), z.requires_grad_(), torch.randn(4, dtype=torch.float64).requires_grad_())
+
+    def function(x: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = ntk_matvec(x, z, v, activation=("erf", "relu"), bias_std=0.4, backend="triton")
+        return product
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
