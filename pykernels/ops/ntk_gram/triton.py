@@ -33,7 +33,7 @@ from pykernels.ops.ntk_gram.activations import Branch, Options
 from pykernels.ops.ntk_gram.op import gram_shape, witness_shapes
 from pykernels.ops.ntk_gram.reference import Problem
 
-#: Vectors of at most this many numbers are subtracted from each other without a look at their inner product.
+#: Vectors of at most this many numbers are subtracted from each other without a look at their inner products.
 FEW = 8
 #: Of the last layers, so many may lose digits of small angles where they are smooth: more would add their losses up.
 STEADY = 3
@@ -532,10 +532,7 @@ def pair(e, f, x, y, BRANCH: tl.constexpr, STABLE: tl.constexpr):
         nx, ny = parameter(x, COLUMN + 2), parameter(y, COLUMN + 2)
         root = tl.sqrt(q) * tl.sqrt(r)
         kernel, by_c, _, _, _ = gelu_kernels(q, r, root * (f - e), 4.0 * q * r * e * f)
-        if STABLE:
-            e_phi = from_distance(gelu_distance(e, f, q, r), kernel, nx, ny)
-        else:
-            e_phi = 0.5 - kernel / (2.0 * nx * ny)
+        e_phi = from_distance(gelu_distance(e, f, q, r), kernel, nx, ny) if STABLE else 0.5 - kernel / (2.0 * nx * ny)
         return e_phi, by_c * root / (nx * ny), 1.0 - e_phi
 
 
@@ -1031,16 +1028,17 @@ class Plan:
         self.device, self.dtype = problem.x.device, problem.x.dtype
         self.batch, self.n, self.d = problem.x.shape
         self.m = self.n if problem.y is None else problem.y.shape[1]
-        few = self.d + 1 <= FEW
+        single = self.dtype == torch.float32
+        low, tf32 = single and options.precision == "bf16", single and options.precision == "tf32"
+        self.round = 16 if low else 13 if tf32 else 0
+        # Differences of rounded vectors are off by their lengths: good for near pairs only.
+        few = self.d + 1 <= FEW and self.round == 0
         self.block_d = 16 if self.d < 64 else 32
         self.kp = triton.next_power_of_2(self.d + 1) if few else triton.cdiv(self.d + 1, self.block_d) * self.block_d
-        low = self.dtype == torch.float32 and options.precision == "bf16"
         self.storage = torch.bfloat16 if low else self.dtype
         self.acc = ACCUMULATOR[self.dtype]
         # Triton's interpreter cannot multiply in bfloat16.
         self.operand = tl.bfloat16 if low and not INTERPRETED else self.acc
-        tf32 = self.dtype == torch.float32 and options.precision == "tf32"
-        self.round = 16 if low else 13 if tf32 else 0
         self.choices = {
             "n": self.n,
             "m": self.m,
