@@ -225,6 +225,16 @@ def test_points_of_any_size():
         assert error(ntk_gram(scale * x, z, activation=("relu", "abs"), backend="triton") / scale, expected) <= 1e-12
 
 
+def test_gelu_of_points_of_any_size():
+    """Four variances of 1e16 have a product beyond float32."""
+    x, z = torch.randn(5, 3), torch.randn(4, 3)
+    z[0], z[1] = x[0], -x[1]
+    for scale in (1e-9, 1e4, 1e8):
+        points, options = (scale * x, scale * z), {"activation": ("gelu", "relu"), "kind": "ntk"}
+        expected = ntk_gram(*(p.double() for p in points), backend="reference", **options)
+        assert error(ntk_gram(*points, backend="triton", **options), expected) <= 1e-6
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (0, 0, 3), (4, 5, 0)])
 def test_empty(shape: tuple[int, int, int]):
     """No points, and points without components: only the bias is left of these."""

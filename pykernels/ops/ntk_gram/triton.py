@@ -495,9 +495,9 @@ def gelu_distance(e, f, q, r):
     arcs = q * angle_between((hy - hx) * 0.5 + between, h, hx) + r * angle_between((hx - hy) * 0.5 + between, h, hy)
     arcs += apart * asin(lx * ly * (f - e), rest / (qq * rr))
     sq, sr, sc = tl.sqrt(1.0 + 2.0 * q), tl.sqrt(1.0 + 2.0 * r), tl.sqrt(rest)
-    of_q = ((q - r + apart) * 0.5 * (q + c) + c * c * (r - q + product) / (sc * (sq + sc))) / (qq * sq)
-    of_r = ((r - q + apart) * 0.5 * (r + c) + c * c * (q - r + product) / (sc * (sr + sc))) / (rr * sr)
-    return 0.25 * apart + (arcs + 2.0 * (of_q + of_r - product / sc)) * 0.15915494309189535
+    of_q = (q - r + apart) * 0.5 * ((q + c) / qq) + (c / sc) * (c / (sq + sc)) * ((r - q + product) / qq)
+    of_r = (r - q + apart) * 0.5 * ((r + c) / rr) + (c / sc) * (c / (sr + sc)) * ((q - r + product) / rr)
+    return 0.25 * apart + (arcs + 2.0 * (of_q / sq + of_r / sr - product / sc)) * 0.15915494309189535
 
 
 @triton.jit
