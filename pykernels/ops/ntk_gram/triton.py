@@ -784,21 +784,34 @@ def ntk_gram_product(
 
 @triton.jit
 def weights_of(
-    left, right, dense, b, i, j, n, m, columns, stride_b, stride_n, stride_m, BLOCK_N: tl.constexpr, ACC: tl.constexpr
+    left,
+    right,
+    dense,
+    b,
+    i,
+    j,
+    n,
+    m,
+    columns,
+    stride_b,
+    stride_n,
+    stride_m,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """W_ij of a tile, 0 beyond the last column."""
-    exists = (j < m)[None, :]
+    """W_ij of a tile, 0 beyond the last row and column."""
+    exists_i, exists_j = (i < n)[:, None], (j < m)[None, :]
     if dense is not None:
         at = dense + b * stride_b + i[:, None] * stride_n + j[None, :] * stride_m
-        return tl.load(at, mask=exists & (i[:, None] < n), other=0.0)
-    elif left is None:
-        return tl.load(right + b * m + j[None, :], mask=exists, other=0.0) + tl.zeros((BLOCK_N, 1), ACC)
+        return tl.load(at, mask=exists_i & exists_j, other=0.0)
     else:
-        total = tl.load(right + (b * m + j[None, :]) * columns, mask=exists, other=0.0) * 0.0
-        total += tl.zeros((BLOCK_N, 1), ACC)
+        total = tl.zeros((BLOCK_N, BLOCK_M), ACC)
         for p in range(columns):
-            r = tl.load(right + (b * m + j[None, :]) * columns + p, mask=exists, other=0.0)
-            total += r * tl.load(left + (b * n + i[:, None]) * columns + p, mask=i[:, None] < n, other=0.0)
+            weight = tl.load(right + (b * m + j[None, :]) * columns + p, mask=exists_j, other=0.0)
+            if left is not None:
+                weight = weight * tl.load(left + (b * n + i[:, None]) * columns + p, mask=exists_i, other=0.0)
+            total += weight
         return total
 
 
@@ -920,7 +933,21 @@ def ntk_gram_witness(
         )
         x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, ALL, SCALE + 1, b)
         weights = weights_of(
-            left, right, dense, b, i, j, n, m, columns, dense_stride_b, dense_stride_n, dense_stride_m, BLOCK_N, ACC
+            left,
+            right,
+            dense,
+            b,
+            i,
+            j,
+            n,
+            m,
+            columns,
+            dense_stride_b,
+            dense_stride_n,
+            dense_stride_m,
+            BLOCK_N,
+            BLOCK_M,
+            ACC,
         )
         weights *= parameter(y, SCALE)
 
