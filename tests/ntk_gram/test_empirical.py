@@ -331,12 +331,21 @@ def test_errors(arguments, error, message):
         empirical_ntk(**{"module": mlp(5, 3), "x": torch.zeros(3, 5), **arguments})
 
 
+def test_samples_may_be_numbers_of_words():
+    module = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2)).double()
+    x, y = torch.randint(7, (3, 3)), torch.randint(7, (4, 3))
+    expected = kernel(module, x, y, True)
+    close(empirical_ntk(module, x, y), expected)
+    v = torch.randn(4, dtype=torch.float64)
+    close(empirical_ntk_matvec(module, x, y, v), expected.detach() @ v)
+
+
 def test_errors_of_the_product():
     module, x = mlp(5, 3), torch.zeros(2, 5)
     for v, trace, message in (
         (torch.zeros(3), True, r"v must have shape \(2\) or \(2, p\), got \(3,\)"),
         (torch.zeros(2), False, r"v must have shape \(2, 3\) or \(2, 3, p\), got \(2,\)"),
-        (torch.zeros(2).double(), True, "v must be torch.float32 on cpu like x, got torch.float64 on cpu"),
+        (torch.zeros(2).double(), True, "v must be torch.float32 on cpu like the outputs, got torch.float64 on cpu"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             empirical_ntk_matvec(module, x, x, v, trace_outputs=trace)
