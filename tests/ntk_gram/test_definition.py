@@ -14,7 +14,7 @@ from pykernels import NTK, Activation
 
 from .networks import NETWORKS, Network, error, exact, ids, normal, pairs, size_of
 
-each_backend = pytest.mark.parametrize("backend", ["reference"])
+each_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
 
 #: x, y, and NTK and NNGP with a bias of 1 and without; three relu layers, two dimensions.
 PUBLISHED = [
