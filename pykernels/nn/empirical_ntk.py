@@ -622,7 +622,10 @@ class _Structure:
                     None if b is None else b[None] for b in torch.autograd.grad(out, ends, cotangents[0], **options)
                 ]
             else:
-                found = list(torch.autograd.grad(out, ends, cotangents, is_grads_batched=True, **options))
+                try:
+                    found = list(torch.autograd.grad(out, ends, cotangents, is_grads_batched=True, **options))
+                except RuntimeError as error:
+                    raise _UnstructuredError(f"gradients of several outputs at a time failed: {error}") from None
         sensitivities = iter(found)
         for key, of_layer in uses.items():
             matrices, parts = [], []

@@ -111,6 +111,7 @@ class _Hidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        grad = torch.from_numpy(grad.detach().numpy())  # which no transformation can follow
         return grad @ weight.sin().T, (x.T @ grad) * weight.cos()
 
 
@@ -118,6 +119,16 @@ class _Hidden(torch.autograd.Function):
 def test_what_the_record_cannot_see_is_noticed(mode: str):
     with pytest.raises(ValueError, match=r"^method='structured' cannot treat module: .*linear\.weight"):
         empirical_ntk(OutOfSight(mode), torch.randn(4, 3), method="structured")
+
+
+def test_functions_without_a_rule_for_vmap():
+    module, x = OutOfSight("function").double(), torch.randn(4, 3, dtype=torch.float64)
+    close(empirical_ntk(module, x), kernel(module, x, x, True))
+    module.linear.requires_grad_(False)
+    hidden = nn.Sequential(nn.Linear(3, 3), module).double()
+    close(empirical_ntk(hidden, x), kernel(hidden, x, x, True))
+    with pytest.raises(ValueError, match=r"gradients of several outputs at a time failed"):
+        empirical_ntk(hidden, x, method="structured")
 
 
 def test_weights_of_positions_and_samples_are_not_mixed_up():
