@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from cases import Limits, relative_error, verdict
 from measure import Contender, compare, peak_memory
+from ntk_empirical import empirical_cases
 from ntk_peers import Network, Remote, block_matvec, keops_matvec, neural_tangents, textbook, witness
 from torch import Tensor
 
@@ -143,7 +144,7 @@ def cases(limits: Limits, seconds: float) -> dict[str, Callable[[], dict[str, An
         name = f"relu depth {depth}, matvec {rows} x {columns}, d={d}"
         network = Network(depth)
         found[name] = lambda a=(network, rows, columns, d): bench_matvec(*a, limits, seconds)
-    return found
+    return found | empirical_cases(limits, seconds)
 
 
 def memory() -> dict[str, Any]:

@@ -206,7 +206,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):  # type: ig
         n_iter_: iterations of conjugate gradients; 1 for Cholesky.
         n_features_in_: d.
 
-    Errors in arguments are ``ValueError``s or ``TypeError``s that name them.
+    Errors in arguments are a ``ValueError`` or ``TypeError`` that names them.
 
     Source: Jacot, Gabriel and Hongler, "Neural tangent kernel", NeurIPS 2018; Frangella, Tropp and Udell, "Randomized
     Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 2023, for the preconditioner.

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pykernels.backends import backend
@@ -116,7 +117,7 @@ def empirical_ntk(
             except _UnstructuredError as reason:
                 if method == "structured":
                     raise ValueError(f"method='structured' cannot treat module: {reason}") from None
-        return _Pieces(_Jacobians(network), example, trace_outputs, max_memory).kernel(x, y)
+        return _Pieces(_Jacobians(network, keep_graph), example, trace_outputs, max_memory).kernel(x, y)
 
 
 @_outside_inference_mode
@@ -150,26 +151,29 @@ def empirical_ntk_matvec(
     """
     x, z = _check(module, {"x": x, "z": z}, trace_outputs, max_memory)
     network = _Network(module, create_graph)
-    outputs = network.example(x, z).shape[1]
+    example = network.example(x, z)
+    outputs = example.shape[1]
     if not isinstance(v, Tensor):
         raise TypeError(f"v must be a tensor, got {type(v).__name__}")
     expected = (len(z),) if trace_outputs else (len(z), outputs)
     if v.shape[: len(expected)] != expected or v.dim() > len(expected) + 1:
         shape = ", ".join(map(str, expected))
         raise ValueError(f"v must have shape ({shape}) or ({shape}, p), got {tuple(v.shape)}")
-    if v.dtype != x.dtype or v.device != x.device:
-        raise ValueError(f"v must be {x.dtype} on {x.device} like x, got {v.dtype} on {v.device}")
+    if v.dtype != example.dtype or v.device != example.device:
+        raise ValueError(f"v must be {example.dtype} on {example.device} like the outputs, got {v.dtype} on {v.device}")
     columns = (v if v.dim() > len(expected) else v[..., None]).movedim(-1, 0)  # (p, M) or (p, M, O)
     keep_graph = torch.is_grad_enabled() and (create_graph or any(t.requires_grad for t in (x, z, v)))
-    with torch.set_grad_enabled(keep_graph):
+    # Of the kernels of attention only the plain one has forward mode.
+    with torch.set_grad_enabled(keep_graph), sdpa_kernel(SDPBackend.MATH):
+        product = _VectorProduct(network, keep_graph, max_memory)
         if trace_outputs:
             result = torch.zeros(columns.shape[0], len(x), dtype=v.dtype, device=v.device)
             for output in range(outputs):
                 cotangents = F.pad(columns[..., None], (output, outputs - 1 - output))
-                result = result + network.products(x, z, cotangents, max_memory)[..., output]
+                result = result + product(x, z, cotangents)[..., output]
             result = result / outputs
         else:
-            result = network.products(x, z, columns, max_memory)
+            result = product(x, z, columns)
     return result.movedim(0, -1).reshape(len(x), *v.shape[1:])
 
 
@@ -178,6 +182,7 @@ class _Network:
 
     def __init__(self, module: nn.Module, create_graph: bool) -> None:
         self.module = module
+        self.numbers, self.outputs, self.dtype = 0, 0, torch.float32  # example() finds them
         self.parameters: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {name: b.detach().clone() for name, b in module.named_buffers()}
         for name, p in module.named_parameters():
@@ -199,43 +204,97 @@ class _Network:
         return y.reshape(y.shape[0], math.prod(y.shape[1:]))
 
     def example(self, *samples: Tensor) -> Tensor:
-        """The outputs (1, O) of one sample.
+        """The outputs (1, O) of one sample; ``numbers`` becomes what autograd keeps of it.
 
         Raises:
             ValueError: if they are random.
         """
         state = torch.get_rng_state()
-        with torch.no_grad():
-            y = self(self.parameters, _some_samples(1, samples))
+        own = {p.data_ptr() for p in (*self.parameters.values(), *self.constants.values())}
+        kept: list[int] = []
+
+        def count(t: Tensor) -> Tensor:
+            kept.append(0 if t.data_ptr() in own else t.numel())
+            return t
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            y = self(self.parameters, _some_samples(1, samples)).detach()
         if not torch.equal(torch.get_rng_state(), state):
             torch.set_rng_state(state)
             raise ValueError("module draws random numbers; call its eval() first, if that ends it")
+        self.numbers, self.outputs, self.dtype = sum(kept), y.shape[1], y.dtype
         return y
 
-    def products(self, x: Tensor, z: Tensor, cotangents: Tensor, max_memory: int) -> Tensor:
+    def pulled_back(self, x: Tensor, cotangents: Tensor, keep_graph: bool) -> list[Tensor]:
+        """Gradients of the outputs of a batch along cotangents (D, N, O), for each parameter (D, ...).
+
+        One by one, for operations that :mod:`torch.func` cannot transform, such as recurrent layers.
+        """
+        parameters = list(self.parameters.values())
+        with torch.enable_grad():
+            y = self(self.parameters, x)
+        if not (y.requires_grad and parameters):
+            return [p.new_zeros(len(cotangents), *p.shape) for p in parameters]
+        options: dict[str, Any] = {"retain_graph": True, "create_graph": keep_graph, "materialize_grads": True}
+        found = [torch.autograd.grad(y, parameters, c, **options) for c in cotangents]
+        return [torch.stack(of_parameter) for of_parameter in zip(*found, strict=True)]
+
+
+class _VectorProduct(NamedTuple):
+    """Products of the kernel with vectors."""
+
+    network: _Network
+    keep_graph: bool
+    max_memory: int
+
+    def __call__(self, x: Tensor, z: Tensor, cotangents: Tensor) -> Tensor:
         """Theta(x, z) times each of the vectors ``cotangents`` (D, M, O), shape (D, N, O)."""
-        if not self.parameters:
+        parameters = self.network.parameters
+        if not parameters:
             return cotangents.new_zeros(cotangents.shape[0], len(x), cotangents.shape[2])
-        size = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        step = max(1, max_memory // max(1, 4 * size))
-        return torch.cat([self._products(x, z, c) for c in cotangents.split(step)])
+        numbers = self.max_memory // cotangents.element_size()
+        step = max(1, min(len(cotangents), numbers // (4 * sum(p.numel() for p in parameters.values()))))
+        samples = max(1, numbers // max(1, 2 * (1 + step) * self.network.numbers))
+        found = []
+        for some in cotangents.split(step):
+            directions = [p.new_zeros(len(some), *p.shape) for p in parameters.values()]
+            for piece, c in zip(z.split(samples), some.split(samples, 1), strict=True):
+                directions = [d + g for d, g in zip(directions, self._gradients(piece, c), strict=True)]
+            found.append(torch.cat([self._derivatives(piece, directions) for piece in x.split(samples)], 1))
+        return torch.cat(found)
 
-    def _products(self, x: Tensor, z: Tensor, cotangents: Tensor) -> Tensor:
-        pullback = torch.func.vjp(lambda p: self(p, z), self.parameters)[1]
-        (directions,) = torch.func.vmap(pullback)(cotangents)
-
-        def along(direction: dict[str, Tensor]) -> Tensor:
-            product: Tensor = torch.func.jvp(lambda p: self(p, x), (self.parameters,), (direction,))[1]
-            return product
-
-        products: Tensor
+    def _gradients(self, z: Tensor, cotangents: Tensor) -> list[Tensor]:
+        """Along cotangents (D, M, O), for each parameter (D, ...)."""
         try:
-            products = torch.func.vmap(along)(directions)
-        except NotImplementedError:  # an operation without forward mode: the transpose of the transposed Jacobian
-            y, pullback, *_ = torch.func.vjp(lambda p: self(p, x), self.parameters)
+            pullback = torch.func.vjp(lambda p: self.network(p, z), self.network.parameters)[1]
+            return list(torch.func.vmap(pullback)(cotangents)[0].values())
+        except RuntimeError:
+            return self.network.pulled_back(z, cotangents, self.keep_graph)
+
+    def _derivatives(self, x: Tensor, directions: list[Tensor]) -> Tensor:
+        """Of the outputs along directions of the parameters (D, ...), shape (D, N, O)."""
+        network, parameters = self.network, self.network.parameters
+        tangents = dict(zip(parameters, directions, strict=True))
+
+        def along(tangent: dict[str, Tensor]) -> Tensor:
+            derivative: Tensor = torch.func.jvp(lambda p: network(p, x), (parameters,), (tangent,))[1]
+            return derivative
+
+        found: Tensor
+        try:
+            found = torch.func.vmap(along)(tangents)
+            return found
+        except RuntimeError:  # there is an operation without forward mode
+            pass
+        try:  # the transpose of the transposed Jacobian
+            y, pullback, *_ = torch.func.vjp(lambda p: network(p, x), parameters)
             transpose = torch.func.vjp(lambda cotangent: pullback(cotangent)[0], torch.zeros_like(y))[1]
-            (products,) = torch.func.vmap(transpose)(directions)
-        return products
+            (found,) = torch.func.vmap(transpose)(tangents)
+            return found
+        except RuntimeError:
+            rows = _Jacobians(network, self.keep_graph).one_by_one(x, slice(None))
+            parts = [torch.einsum("nof,df->dno", r, d.flatten(1)) for r, d in zip(rows, directions, strict=True)]
+            return torch.stack(parts).sum(0)
 
 
 class _Convolution(NamedTuple):
@@ -459,12 +518,12 @@ def _gradient(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Jacobians:
-    """Gradients of the outputs of any network, by :mod:`torch.func`."""
+    """Gradients of the outputs of any network, by :mod:`torch.func` where that can transform it."""
 
-    def __init__(self, network: _Network) -> None:
-        self.network = network
-        self.numbers = 0
-        self.numbers_per_output = 2 * sum(p.numel() for p in network.parameters.values())
+    def __init__(self, network: _Network, keep_graph: bool) -> None:
+        self.network, self.keep_graph = network, keep_graph
+        self.numbers = network.numbers
+        self.numbers_per_output = network.numbers + 2 * sum(p.numel() for p in network.parameters.values())
 
     def features(self, x: Tensor, outputs: slice) -> list[_Features]:
         """The gradients with respect to each parameter, for samples (N, *S)."""
@@ -475,7 +534,19 @@ class _Jacobians:
             found: dict[str, Tensor] = torch.func.vmap(pullback)(cotangents)[0]
             return found
 
-        return [_Rows(g.reshape(*g.shape[:2], g[0, 0].numel())) for g in torch.func.vmap(gradients)(x).values()]
+        try:
+            found = list(torch.func.vmap(gradients)(x).values())
+        except RuntimeError:
+            found = self.one_by_one(x, outputs)
+        return [_Rows(g.reshape(*g.shape[:2], g[0, 0].numel())) for g in found]
+
+    def one_by_one(self, x: Tensor, outputs: slice) -> list[Tensor]:
+        """The same without :mod:`torch.func`, shapes (N, O, numbers)."""
+        samples = []
+        for sample in x:
+            eye = torch.eye(self.network.outputs, dtype=self.network.dtype, device=x.device)[outputs, None]
+            samples.append(self.network.pulled_back(sample[None], eye, self.keep_graph))
+        return [torch.stack(of_parameter).flatten(2) for of_parameter in zip(*samples, strict=True)]
 
 
 class _Structure:
@@ -496,7 +567,7 @@ class _Structure:
         out, uses = self._record(_some_samples(2, (x, y)))
         numbers, outputs = len(x) + len(y), out.shape[1]
         self.by_rows: dict[_Key, bool] = {}
-        self.numbers, self.numbers_per_output = 0, outputs
+        self.numbers, self.numbers_per_output = network.numbers, network.numbers + outputs
         direction = torch.linspace(1, 2, outputs, dtype=out.dtype, device=out.device)
         expected = self._gradients(out, torch.stack([direction, torch.zeros_like(direction)]))
         found: dict[str, Tensor] = {}
@@ -545,11 +616,16 @@ class _Structure:
         ends = [use.output for of_layer in uses.values() for use in of_layer]
         found: list[Tensor | None] = [None] * len(ends)
         if out.requires_grad and ends:
-            batched = len(cotangents) > 1  # without, one backward pass has no overhead
-            vectors = cotangents if batched else cotangents[0]
-            options: dict[str, Any] = {"create_graph": self.keep_graph, "allow_unused": True}
-            found = list(torch.autograd.grad(out, ends, vectors, is_grads_batched=batched, **options))
-            found = found if batched else [None if b is None else b[None] for b in found]
+            options: dict[str, Any] = {"create_graph": self.keep_graph, "allow_unused": True, "retain_graph": True}
+            if len(cotangents) == 1:
+                found = [
+                    None if b is None else b[None] for b in torch.autograd.grad(out, ends, cotangents[0], **options)
+                ]
+            else:
+                try:
+                    found = list(torch.autograd.grad(out, ends, cotangents, is_grads_batched=True, **options))
+                except RuntimeError as error:
+                    raise _UnstructuredError(f"gradients of several outputs at a time failed: {error}") from None
         sensitivities = iter(found)
         for key, of_layer in uses.items():
             matrices, parts = [], []

@@ -129,12 +129,29 @@ def rows():
     return nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 4), nn.Tanh(), nn.Unflatten(0, (-1, 2)), nn.Flatten())
 
 
+class Last(nn.Module):
+    """What another module gives at the last position, and a linear map."""
+
+    def __init__(self, module, width):
+        super().__init__()
+        self.module, self.last = module, nn.Linear(width, 2)
+
+    def forward(self, x):
+        h = self.module(*[x] * (3 if isinstance(self.module, nn.MultiheadAttention) else 1))
+        h = h[0] if isinstance(h, tuple) else h
+        return self.last(h[:, -1])
+
+
 #: Networks that need Jacobians.
 OTHERS = {
     "product": (Product, (5,)),
     "weight norm": (normalised, (3,)),
     "rows": (rows, (2, 3)),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.Flatten()), (2, 3)),
+    "lstm": (lambda: Last(nn.LSTM(3, 4, batch_first=True), 4), (3, 3)),
+    "gru": (lambda: Last(nn.GRU(3, 4, batch_first=True), 4), (3, 3)),
+    "attention": (lambda: Last(nn.MultiheadAttention(4, 2, batch_first=True), 4), (3, 4)),
+    "transformer": (lambda: Last(nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True), 4), (3, 4)),
     "own backend": (lambda: pykernels.nn.CausalConv1d(2, 2, 2, backend="cpu"), (2, 4)),
 }
 

@@ -111,6 +111,7 @@ class _Hidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        grad = torch.from_numpy(grad.detach().numpy())  # which no transformation can follow
         return grad @ weight.sin().T, (x.T @ grad) * weight.cos()
 
 
@@ -118,6 +119,16 @@ class _Hidden(torch.autograd.Function):
 def test_what_the_record_cannot_see_is_noticed(mode: str):
     with pytest.raises(ValueError, match=r"^method='structured' cannot treat module: .*linear\.weight"):
         empirical_ntk(OutOfSight(mode), torch.randn(4, 3), method="structured")
+
+
+def test_functions_without_a_rule_for_vmap():
+    module, x = OutOfSight("function").double(), torch.randn(4, 3, dtype=torch.float64)
+    close(empirical_ntk(module, x), kernel(module, x, x, True))
+    module.linear.requires_grad_(False)
+    hidden = nn.Sequential(nn.Linear(3, 3), module).double()
+    close(empirical_ntk(hidden, x), kernel(hidden, x, x, True))
+    with pytest.raises(ValueError, match=r"gradients of several outputs at a time failed"):
+        empirical_ntk(hidden, x, method="structured")
 
 
 def test_weights_of_positions_and_samples_are_not_mixed_up():
@@ -331,12 +342,21 @@ def test_errors(arguments, error, message):
         empirical_ntk(**{"module": mlp(5, 3), "x": torch.zeros(3, 5), **arguments})
 
 
+def test_samples_may_be_numbers_of_words():
+    module = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2)).double()
+    x, y = torch.randint(7, (3, 3)), torch.randint(7, (4, 3))
+    expected = kernel(module, x, y, True)
+    close(empirical_ntk(module, x, y), expected)
+    v = torch.randn(4, dtype=torch.float64)
+    close(empirical_ntk_matvec(module, x, y, v), expected.detach() @ v)
+
+
 def test_errors_of_the_product():
     module, x = mlp(5, 3), torch.zeros(2, 5)
     for v, trace, message in (
         (torch.zeros(3), True, r"v must have shape \(2\) or \(2, p\), got \(3,\)"),
         (torch.zeros(2), False, r"v must have shape \(2, 3\) or \(2, 3, p\), got \(2,\)"),
-        (torch.zeros(2).double(), True, "v must be torch.float32 on cpu like x, got torch.float64 on cpu"),
+        (torch.zeros(2).double(), True, "v must be torch.float32 on cpu like the outputs, got torch.float64 on cpu"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             empirical_ntk_matvec(module, x, x, v, trace_outputs=trace)
