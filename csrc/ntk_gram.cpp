@@ -22,9 +22,9 @@ namespace {
 using Integers = std::vector<std::int64_t>;
 using Numbers = std::vector<double>;
 
-// batch, N, M, features, kind, precision, threads
+// batch, N, M (-1: y is x), features, kind, precision, threads
 using Sizes = std::array<std::int64_t, 7>;
-// addresses of x and y (0: x once more), and their strides of batch and points
+// addresses of x and y, and their strides of batch and points
 using Points = std::array<std::int64_t, 6>;
 
 // A network whose arrays live here.
@@ -59,13 +59,14 @@ struct Architecture {
 template <class T>
 pk::NtkProblem<T> problem(const Architecture& network, const Sizes& sizes, const Points& points) {
     const auto [batch, n, m, features, kind, precision, threads] = sizes;
-    if (batch < 0 || n < 0 || m < 0 || features < 0 || kind < 0 || kind > 2)
+    if (batch < 0 || n < 0 || m < -1 || features < 0 || kind < 0 || kind > 2)
         throw std::invalid_argument("inconsistent sizes; call pykernels.ntk_gram, which says what is wrong");
     return {network.view(),
             batch,
             features,
             {pointer<const T>(static_cast<Address>(points[0])), n, points[2], points[3]},
             {pointer<const T>(static_cast<Address>(points[1])), m, points[4], points[5]},
+            m == -1,
             enumerator(precision, pk::NtkPrecision::bf16),
             kind != 1,
             kind != 0,
@@ -77,7 +78,7 @@ void gram(const Architecture& network, const Sizes& sizes, const Points& points,
     const pk::NtkProblem<T> p = problem<T>(network, sizes, points);
     const py::gil_scoped_release release;
     const std::int64_t kinds = (p.nngp ? 1 : 0) + (p.ntk ? 1 : 0);
-    const std::int64_t elements = kinds * p.batch * p.x.n * (p.y.x == nullptr ? p.x.n : p.y.n);
+    const std::int64_t elements = kinds * p.batch * p.x.n * (p.symmetric ? p.x.n : p.y.n);
     pk::expect_writes(pointer<T>(result), static_cast<std::size_t>(elements) * sizeof(T));
     pk::ntk_gram(p, pointer<T>(result));
 }

@@ -29,6 +29,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's forward mode, and of GPyTorch
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_examples_of_the_pages_print_what_they_say(page: Path):
     with torch.random.fork_rng(devices=[]):

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 MINIMUM_PYTHON = (3, 11)
-EXTRAS = ("models", "data", "plot", "netcdf", "gantk")
+EXTRAS = ("models", "data", "plot", "netcdf", "gantk", "gpytorch")
 MORE_EXTRAS = {"test": ("triton",)}
 GROUPS = {"demo": (), "bench": ("test", "bench"), "test": ("test",), "docs": ("docs",), "lint": ("lint",)}
 # scikit-build-core asks for these under build isolation only. Without isolation a rebuild works offline.

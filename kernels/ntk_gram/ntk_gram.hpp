@@ -39,7 +39,8 @@ template <class T>
 struct NtkProblem {
     NtkNetwork network;
     std::int64_t batch, features;
-    NtkPoints<T> x, y;  // y.x null: x once more
+    NtkPoints<T> x, y;
+    bool symmetric;  // y is x once more, and not given
     NtkPrecision precision;
     bool nngp, ntk;
     int threads;

@@ -21,6 +21,12 @@ constexpr Index large_result = 4 << 20;    // bytes
 constexpr Index strip_panels = 8;
 constexpr Index most_vectors_by_rows = 4;  // columns of v that are multiplied as they lie
 
+// Whether pairs have e from differences alone; inner products that are to be rounded are taken.
+template <class T>
+bool takes_differences(const NtkProblem<T>& p) {
+    return p.features + 1 <= direct_features && (sizeof(T) == 8 || p.precision == NtkPrecision::full);
+}
+
 template <class T>
 constexpr Index panel_width = tile_vectors * Vec<T>::lanes;
 template <class T>
@@ -331,7 +337,7 @@ void gram_tile(const Gram<T>& g, Index b, Index block, Index panel, Index rows, 
     constexpr int lanes = Vec<T>::lanes, U = pair_vectors;
     constexpr Index width = panel_width<T>;
     alignas(64) T rho[width * width];
-    const bool direct = g.x.features <= direct_features;
+    const bool direct = takes_differences(*g.p);
     const Index first = block * width;
     if (!direct) inner_products(g.x, g.y, b, first, rows, panel, rho, width);
     const T* const columns = g.y.panel_numbers(b, panel);
@@ -426,7 +432,7 @@ int threads_for(const NtkProblem<T>& p, Index columns) {
 
 template <class T>
 void gram(const NtkProblem<T>& p, T* result) {
-    const bool symmetric = p.y.x == nullptr;
+    const bool symmetric = p.symmetric;
     if (p.batch * p.x.n * (symmetric ? p.x.n : p.y.n) == 0) return;
     const int threads = threads_for(p, symmetric ? p.x.n : p.y.n), workers = usable_threads(threads);
     Arena sizes(nullptr);
@@ -482,7 +488,7 @@ void run_matvec(const void* context, std::int64_t task, int worker) {
     const Index blocks = divide_up(m.x.n, m.rows), b = task / blocks, first = task % blocks * m.rows;
     const Index rows = min(m.rows, m.x.n - first), features = m.x.features;
     const int scale = m.network.numbers - 1;
-    const bool direct = features <= direct_features;
+    const bool direct = takes_differences(*m.p);
     for (Index i = 0; i < rows * m.padded; ++i) memory.sums[i] = 0;
     for (Index start = 0; start < m.y.panels; start += strip_panels) {
         const Index panels = min(strip_panels, m.y.panels - start);
@@ -542,7 +548,7 @@ void run_matvec(const void* context, std::int64_t task, int worker) {
 
 template <class T>
 void matvec(const NtkProblem<T>& p, const T* v, Index columns, T* result) {
-    const bool symmetric = p.y.x == nullptr;
+    const bool symmetric = p.symmetric;
     const Index m = symmetric ? p.x.n : p.y.n;
     if (p.batch * p.x.n * columns == 0) return;
     if (m == 0) return clear(result, p.batch * p.x.n * columns);
@@ -737,7 +743,7 @@ void run_witness(const void* context, std::int64_t task, int worker) {
     const Index blocks = divide_up(s.x.n, s.rows), b = task / blocks, first = task % blocks * s.rows;
     const Index rows = min(s.rows, s.x.n - first), padded = s.x.padded;
     const Index total = s.network.primaries + 1 + padded;
-    const bool direct = s.x.features <= direct_features;
+    const bool direct = takes_differences(*s.p);
     for (Index i = 0; i < rows * total; ++i) memory.totals[i] = 0;
     for (Index start = 0; start < s.y.panels; start += strip_panels) {
         const Index panels = min(strip_panels, s.y.panels - start);
@@ -766,7 +772,7 @@ void run_witness(const void* context, std::int64_t task, int worker) {
 
 template <class T>
 void witness(const NtkProblem<T>& p, const NtkWeights<T>& w, const NtkSums<T>& result) {
-    const bool symmetric = p.y.x == nullptr;
+    const bool symmetric = p.symmetric;
     const Index m = symmetric ? p.x.n : p.y.n;
     if (p.batch * p.x.n == 0) return;
     const int threads = threads_for(p, m), workers = usable_threads(threads);

@@ -173,6 +173,16 @@ PK_INLINE void piecewise_linear(const Branch<T>& branch, const Pairs<T, U>& e, c
     }
 }
 
+// e_phi from the kernel, or of near pairs of like norms, where it would cancel, from the distance K(x, x) + K(y, y) -
+// 2 K(x, y). `norms` is the inverse product of the two, `apart` their difference.
+template <class T>
+PK_INLINE Vec<T> nearer(Vec<T> from_kernel, Vec<T> distance, Vec<T> norms, Vec<T> apart) {
+    const Vec<T> unlike = norms * apart * apart;
+    const Vec<T> from_distance = Vec<T>(T(0.25)) * (norms * distance - unlike);
+    const Vec<T> if_near = select_le(unlike, Vec<T>(T(1)), from_distance, from_kernel);
+    return select_le(Vec<T>(T(0.05)), from_kernel, from_kernel, if_near);
+}
+
 // K = 2/pi asin(X), X = l_x l_y (f - e), l^2 = 1 - b: an angle of vectors that have a part sqrt(b) each of its own. An odd
 // function of X: computed for the smaller of e and f.
 template <class T, int U, bool derivatives>
@@ -190,20 +200,18 @@ PK_INLINE void error_function(const Branch<T>& branch, bool stable, const Number
         const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
         const Vec<T> apart = quarter * difference * difference + lengths * low;
         const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low * high;  // 1 - X^2
-        Vec<T> made_low;
+        Vec<T> made_low = half - norms * arcsine(lengths * tangent, complement);
         if (stable) {
-            // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
             const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
             const Vec<T> hx = half * bx, hy = half * by, other = one - h, tiny(T(1e-30));
             // (hy - hx) / 2; of small variances from the lengths
             const Vec<T> own = quarter * select_le(bx + by, one, by - bx, difference * (lx + ly));
+            // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
             const Vec<T> scale_x = square_root(h * (one - hx)) + square_root(hx * other);
             const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
             const Vec<T> distance = four * (arcsine((own + apart) / greatest(scale_x, tiny)) +
                                             arcsine((apart - own) / greatest(scale_y, tiny)));
-            made_low = quarter * norms * (distance - apart_in_norm * apart_in_norm);
-        } else {
-            made_low = half - norms * arcsine(lengths * tangent, complement);
+            made_low = nearer(made_low, distance, norms, apart_in_norm);
         }
         made.e[u] = select_le(e[u], f[u], made_low, one - made_low);
         made.f[u] = select_le(e[u], f[u], one - made_low, made_low);
@@ -247,7 +255,9 @@ PK_INLINE void sine(const Branch<T>& branch, const Numbers<T>& n, const Pairs<T,
         const Vec<T> lost = expm1(zero - half_b * (apart + four * roots * low)), upper = lost + one;
         const Vec<T> lower = exp(zero - half_b * (apart + four * roots * high));
         const Vec<T> distance = zero - lost - half * even * ((px - py) * (px - py) + two * lower * lost);
-        const Vec<T> made_low = quarter * norms * (distance - apart_in_norm * apart_in_norm);
+        const Vec<T> kernel =
+            is_odd ? zero - upper * expm1(zero - two * b * roots * (high - low)) : upper - even * lower;
+        const Vec<T> made_low = nearer(half - quarter * norms * kernel, distance, norms, apart_in_norm);
         const Vec<T> other = is_odd ? one - made_low : made_low;
         made.e[u] = select_le(zero, side, made_low, other);
         made.f[u] = select_le(zero, side, other, made_low);
@@ -289,10 +299,48 @@ PK_INLINE void radial(const Branch<T>& branch, const Numbers<T>& n, const Pairs<
     }
 }
 
+// (asin(x) - asin(y)) / pi of positive numbers, from x - y and the complements 1 - x^2 and 1 - y^2.
+template <class T>
+PK_INLINE Vec<T> arcsine_difference(Vec<T> difference, Vec<T> x, Vec<T> x_complement, Vec<T> y, Vec<T> y_complement) {
+    const Vec<T> scale = x * square_root(y_complement) + y * square_root(x_complement);
+    return arcsine(difference * (x + y) / greatest(scale, Vec<T>(T(1e-30))));
+}
+
+// K(x, x) + K(y, y) - 2 K(x, y) of near pairs: of the points turned into one direction, K' = a b g(a, b) with a = sqrt q
+// and b = sqrt r, and of the turn, both as differences; reference.py has the steps.
+template <class T>
+PK_INLINE Vec<T> gelu_distance(Vec<T> a, Vec<T> b, Vec<T> ia, Vec<T> ib, Vec<T> e) {
+    const Vec<T> half(T(0.5)), one(T(1)), two(T(2)), four(T(4));
+    const Vec<T> roots = a * b, step = a - b, both = ia * ib, root = square_root(both), total = ia + ib;
+    const Vec<T> c = roots * (one - two * e), sines = four * roots * roots * e * (one - e), lost = two * roots * e;
+    const Vec<T> aligned = one + a * a + b * b, rest = aligned + sines;
+    const Vec<T> length = square_root(aligned), width = square_root(rest);
+    // All over pi, and for each point once: g(a, a) - g(a, b).
+    const Vec<T> pi_inverse(T(0.318309886183790671538));
+    const Vec<T> turn = arcsine_difference(lost * root, roots * root, aligned * both, c * root, rest * both);
+    const Vec<T> i = half + arcsine(roots * root, aligned * both);
+    const Vec<T> turned =
+        lost * i + c * turn +
+        pi_inverse * sines * ((total - one) / length + (sines + c * c * total) / ((width + length) * width * length));
+    const Vec<T> ra = a * square_root(ia), rb = b * square_root(ib), reach = ra - rb;
+    const auto less = [&](Vec<T> own, Vec<T> inverse, Vec<T> r, Vec<T> nearer_by, Vec<T> by) {
+        const Vec<T> alone = one + two * own * own, tall = square_root(alone);
+        const Vec<T> angle =
+            arcsine_difference(r * nearer_by, r * r, alone * inverse * inverse, ra * rb, aligned * both);
+        const Vec<T> linear = own * by * (inverse + (one - roots) * both) / length;
+        return angle +
+               pi_inverse * (linear - two * own * own * inverse * by * (a + b) / (tall * length * (tall + length)));
+    };
+    const Vec<T> zero(T(0));
+    const Vec<T> in_norm = step * step * (i + pi_inverse * roots * total / length) +
+                           a * a * less(a, ia, ra, reach, step) + b * b * less(b, ib, rb, zero - reach, zero - step);
+    return half * in_norm + turned;
+}
+
 // z Phi(z), with Dl = (1 + q)(1 + r) - c^2, J = 1 / (2 pi sqrt Dl), I = 1/4 + asin(c / sqrt((1 + q)(1 + r))) / (2 pi):
 // K = c I + J B, B = q r - c^2 + c^2 / (1 + q) + c^2 / (1 + r), and K' = I + J c G, G = 1/(1 + q) + 1/(1 + r) + 1/Dl.
 template <class T, int U, bool derivatives>
-PK_INLINE void gaussian_error_unit(const Branch<T>& branch, const Numbers<T>& n, const Pairs<T, U>& e,
+PK_INLINE void gaussian_error_unit(const Branch<T>& branch, bool stable, const Numbers<T>& n, const Pairs<T, U>& e,
                                    const Pairs<T, U>& f, Made<T, U>& made) {
     using N = NtkNumbers;
     const int at = branch.number;
@@ -309,6 +357,11 @@ PK_INLINE void gaussian_error_unit(const Branch<T>& branch, const Numbers<T>& n,
         const Vec<T> kernel = c * i + j * bracket, first = i + j * c * sum;
         const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u), g = n.x(at + N::g) * n.y(at + N::g, u);
         made.e[u] = half - half * kernel * norms;
+        if (stable) {
+            const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
+            const Vec<T> distance = gelu_distance(n.x(at + N::root), n.y(at + N::root, u), iq, ir, e[u]);
+            made.e[u] = nearer(made.e[u], distance, norms, apart_in_norm);
+        }
         made.d[u] = first * g;
         if constexpr (derivatives) {
             const Vec<T> slope = n.x(at + N::slope);
@@ -345,7 +398,7 @@ PK_INLINE void make(const Branch<T>& branch, const Layer<T>& layer, const Number
             break;
         case NtkActivation::leaky_relu: piecewise_linear<T, U, derivatives, false, false>(branch, e, f, made); break;
         case NtkActivation::erf: error_function<T, U, derivatives>(branch, layer.stable, n, e, f, made); break;
-        case NtkActivation::gelu: gaussian_error_unit<T, U, derivatives>(branch, n, e, f, made); break;
+        case NtkActivation::gelu: gaussian_error_unit<T, U, derivatives>(branch, layer.stable, n, e, f, made); break;
         case NtkActivation::sin: sine<T, U, derivatives>(branch, n, e, f, made); break;
         case NtkActivation::rbf: radial<T, U, derivatives>(branch, n, e, made); break;
     }

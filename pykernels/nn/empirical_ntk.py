@@ -115,7 +115,7 @@ def empirical_ntk(
                 return _Pieces(structure, example, trace_outputs, max_memory).kernel(x, y)
             except _UnstructuredError as reason:
                 if method == "structured":
-                    raise ValueError(f"method='structured' cannot treat module: {reason}") from reason
+                    raise ValueError(f"method='structured' cannot treat module: {reason}") from None
         return _Pieces(_Jacobians(network), example, trace_outputs, max_memory).kernel(x, y)
 
 

@@ -166,14 +166,10 @@ def error_functions(z):
 
 
 @triton.jit
-def angle_of(h):
-    """sqrt(h), A and B for h = sin(theta / 2)^2 from 0 to 1/2.
-
-    theta = 2 sqrt(h) A(h), and sin theta - theta cos theta = 2 h sqrt(h) B(h) without the cancellation of its terms;
-    polynomials within 3e-9 and 2e-16 of A and B, found by interpolation at Chebyshev's points.
-    """
+def arc_of(h):
+    """theta / (2 sqrt(h)) for h = sin(theta / 2)^2 from 0 to 1/2, by interpolation at Chebyshev's points."""
     if h.dtype == tl.float64:
-        angle = polynomial(
+        return polynomial(
             h,
             (
                 0.99999999999999993,
@@ -196,7 +192,28 @@ def angle_of(h):
                 0.70527350732446059,
             ),
         )
-        excess = polynomial(
+    else:
+        return polynomial(
+            h,
+            (
+                1.000000002,
+                0.1666661424,
+                0.07502757316,
+                0.04409161673,
+                0.03581423928,
+                -0.007020579152,
+                0.1074000213,
+                -0.1359162712,
+                0.1239134949,
+            ),
+        )
+
+
+@triton.jit
+def excess_of(h):
+    """(sin theta - theta cos theta) / (2 h sqrt(h)) likewise, without the cancellation of its terms."""
+    if h.dtype == tl.float64:
+        return polynomial(
             h,
             (
                 1.3333333333333333,
@@ -220,21 +237,7 @@ def angle_of(h):
             ),
         )
     else:
-        angle = polynomial(
-            h,
-            (
-                1.000000002,
-                0.1666661424,
-                0.07502757316,
-                0.04409161673,
-                0.03581423928,
-                -0.007020579152,
-                0.1074000213,
-                -0.1359162712,
-                0.1239134949,
-            ),
-        )
-        excess = polynomial(
+        return polynomial(
             h,
             (
                 1.333333331,
@@ -247,13 +250,13 @@ def angle_of(h):
                 0.02030760938,
             ),
         )
-    return tl.sqrt(tl.where(h > 0, h, 0.0)), angle, excess
 
 
 @triton.jit
 def asin(x, complement):
     """The arcsine of x from -1 to 1, ``complement`` being 1 - x^2 with all its digits."""
     inner = x * x <= 0.5
-    root, angle, _ = angle_of(tl.where(inner, x * x, complement))
-    outer = 1.5707963267948966 - root * angle
-    return tl.where(inner, x * angle, tl.where(x < 0, -outer, outer))
+    h = tl.where(inner, x * x, tl.where(complement > 0, complement, 0.0))
+    arc = arc_of(h)
+    outer = 1.5707963267948966 - tl.sqrt(h) * arc
+    return tl.where(inner, x * arc, tl.where(x < 0, -outer, outer))

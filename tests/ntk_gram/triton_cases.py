@@ -25,6 +25,7 @@ class Case(NamedTuple):
     precision: str = "float32"
     bias: bool = True
     columns: int = 1
+    backward: tuple[str, ...] = ("gram",)
 
     def __str__(self) -> str:
         values = (v if f != "activation" else "-".join(map(str, v)) for f, v in zip(self._fields, self, strict=True))
@@ -39,7 +40,7 @@ class Case(NamedTuple):
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         x, z = random(self.batch, self.n, self.d), random(self.batch, self.m, self.d)
-        for i, change in enumerate((lambda p: p, lambda p: -p, lambda p: 1.5 * p, lambda p: 1e-3 - p)):
+        for i, change in enumerate((lambda p: p, lambda p: -p, lambda p: 2 * p, lambda p: 1e-3 - p)):
             if i < min(self.n, self.m):
                 z[:, i] = change(x[:, i])
         layers = len(self.activation) + 1
@@ -73,27 +74,27 @@ class Case(NamedTuple):
             "gradient": gradient,
         }
 
-    def backward(self, values: Values, backend: str) -> Values:
-        """Gradients of points, scales and factors from a Gram matrix, a symmetric one, and a product."""
+    def gradients(self, values: Values, backend: str) -> Values:
+        """Of points, scales and factors from a Gram matrix, a symmetric one, and a product."""
         fixed = ("w", "symmetric", "a")
         leaves = {name: t if name in fixed else t.detach().requires_grad_() for name, t in values.items()}
         x, z, v = (leaves[name] for name in "xzv")
         options = self.options(backend) | {name: leaves[name] for name in ("weight_std", "bias_std")}
         totals = {
-            "gram": (ntk_gram(x, z, **options) * leaves["w"]).sum(),
-            "symmetric": (ntk_gram(x, **options) * leaves["symmetric"]).sum(),
-            "matvec": (ntk_matvec(x, z, v, **options) * leaves["w"][..., : self.columns]).sum(),
+            "gram": lambda: (ntk_gram(x, z, **options) * leaves["w"]).sum(),
+            "symmetric": lambda: (ntk_gram(x, **options) * leaves["symmetric"]).sum(),
+            "matvec": lambda: (ntk_matvec(x, z, v, **options) * leaves["w"][..., : self.columns]).sum(),
         }
         found = {}
-        for name, total in totals.items():
+        for name in self.backward:
             asked = [key for key in leaves if key not in fixed and (name == "matvec" or key != "v")]
             asked = [key for key in asked if name != "symmetric" or key != "z"]
-            gradients = torch.autograd.grad(total, [leaves[key] for key in asked])
+            gradients = torch.autograd.grad(totals[name](), [leaves[key] for key in asked])
             found |= {f"{name} by {key}": g for key, g in zip(asked, gradients, strict=True)}
         return found
 
-    def results(self, values: Values, backend: str, backward: bool = True) -> Values:
-        return self.forward(values, backend) | (self.backward(values, backend) if backward else {})
+    def results(self, values: Values, backend: str) -> Values:
+        return self.forward(values, backend) | self.gradients(values, backend)
 
 
 SIN = Activation("sin", frequency=0.7, phase=0.3, amplitude=1.3)
@@ -101,23 +102,23 @@ SIN = Activation("sin", frequency=0.7, phase=0.3, amplitude=1.3)
 NETWORKS = [
     Case(()),
     Case(("identity", "relu"), bias=False),
-    Case(("relu", "relu", "relu")),
+    Case(("relu", "relu", "relu"), backward=("gram", "symmetric", "matvec")),
     Case((Activation("leaky_relu", slope=0.2, amplitude=0.7), "abs"), kind="nngp"),
     Case(("erf", "relu")),
     Case(("sigmoid_like", Activation("erf", amplitude=2.0, frequency=0.5, offset=0.3))),
     Case(("gelu", Activation("gelu", amplitude=0.6))),
-    Case(("sin", "relu"), kind="nngp"),
+    Case(("sin", "relu"), kind="nngp", backward=("matvec",)),
     Case(("cos", SIN)),
     Case((Activation("rbf", gamma=0.4), "rbf"), kind="nngp"),
-    Case(("relu+sin", "erf+gelu+identity", "relu")),
+    Case(("relu+sin", "erf+abs+identity", "rbf+gelu"), backward=("symmetric",)),
 ]
 #: One point, sizes about a tile's, components about a block's, batches, several columns.
 SIZES = [
     Case(("relu",), n=1, m=1, d=1),
-    Case(("relu", "erf"), n=33, m=65, d=7, columns=3),
-    Case(("relu", "erf"), n=31, m=32, d=8, kind="nngp", batch=2),
-    Case(("gelu",), n=40, m=20, d=15, columns=17),
-    Case(("relu",), n=17, m=33, d=300, columns=2),
+    Case(("erf",), n=17, m=33, d=7, columns=3, backward=("matvec",)),
+    Case(("relu",), n=31, m=32, d=8, kind="nngp", batch=2),
+    Case(("rbf",), n=33, m=20, d=15, columns=17, backward=("matvec",)),
+    Case(("relu",), n=16, m=33, d=70, columns=2, backward=("symmetric",)),
 ]
 
 

@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from pykernels.ops._triton_math import angle_of, asin
+from pykernels.ops._triton_math import arc_of, asin, excess_of
 from pykernels.ops.ntk_gram import Activation, ntk_gram, ntk_matvec, ntk_witness, reference
 from pykernels.ops.ntk_gram import triton as kernels
 from pykernels.ops.ntk_gram.activations import network
 from pykernels.ops.ntk_gram.reference import Problem
 
-from .triton_cases import NETWORKS, SIN, SIZES, Case, check_accuracy, check_float64, error
+from .triton_cases import NETWORKS, SIZES, Case, check_accuracy, check_float64, error
 
 
 @pytest.fixture(autouse=True)
@@ -31,52 +31,91 @@ def test_float64(case: Case):
     check_float64(case, "cpu")
 
 
-@pytest.mark.parametrize(("d", "depth"), [(2, 10), (16, 3), (784, 1), (784, 10)])
+@pytest.mark.parametrize(("d", "depth"), [(2, 10), (16, 3), (784, 3)])
 def test_accuracy(d: int, depth: int):
     check_accuracy(d, ("relu",) * depth, "cpu")
 
 
-def test_accuracy_of_other_networks():
-    check_accuracy(16, ("erf", "relu", "abs"), "cpu", bias=0.3)
-    check_accuracy(2, ("relu+sin", "rbf", "leaky_relu"), "cpu", bias=0.3)
-    check_accuracy(2, ("gelu", "cos"), "cpu", bias=0.3)
+@pytest.mark.parametrize(
+    ("d", "activation", "bias"),
+    [
+        (2, ("erf",) * 10, 0.0),
+        (2, ("sin", "relu+gelu"), 0.0),
+        (16, ("cos", "rbf", "leaky_relu"), 0.3),
+        (2, ("gelu",) * 4, 0.3),
+    ],
+)
+def test_accuracy_of_other_networks(d: int, activation: tuple[str, ...], bias: float):
+    check_accuracy(d, activation, "cpu", bias)
 
 
 @triton.jit
-def angles(h, root, angle, excess, arc, BLOCK: tl.constexpr):
+def angles(h, arc, excess, whole, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(h + i)
-    found = angle_of(x)
-    tl.store(root + i, found[0])
-    tl.store(angle + i, found[1])
-    tl.store(excess + i, found[2])
-    tl.store(arc + i, asin(1.0 - 4.0 * x, 8.0 * x * (1.0 - 2.0 * x)))
+    tl.store(arc + i, arc_of(x))
+    tl.store(excess + i, excess_of(x))
+    tl.store(whole + i, asin(1.0 - 4.0 * x, 8.0 * x * (1.0 - 2.0 * x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_angles(dtype: torch.dtype):
     """In units of the last place; the arcsine from -1 to 1."""
     h = torch.cat([torch.linspace(0, 0.5, 120), torch.logspace(-12, -1, 8)]).to(dtype)
-    found = [torch.empty_like(h) for _ in range(4)]
+    found = [torch.empty_like(h) for _ in range(3)]
     angles[(1,)](h, *found, BLOCK=len(h))
     with mpmath.workdps(40):
-        for x, root, angle, excess, arc in zip(h.tolist(), *(t.tolist() for t in found), strict=True):
+        for x, arc, excess, whole in zip(h.tolist(), *(t.tolist() for t in found), strict=True):
             x = mpmath.mpf(x)
             s = mpmath.sqrt(x)
             a = mpmath.asin(s) / s if x > 0 else mpmath.mpf(1)
             b = (mpmath.sqrt(1 - x) - a * (1 - 2 * x)) / x if x > 0 else mpmath.mpf(4) / 3
-            for value, exact in ((root, s), (angle, a), (excess, b)):
+            for value, exact in ((arc, a), (excess, b)):
                 assert abs(value - exact) <= 3 * torch.finfo(dtype).eps * exact, x
-            assert abs(arc - mpmath.asin(1 - 4 * x)) <= 3 * torch.finfo(dtype).eps, x
+            assert abs(whole - mpmath.asin(1 - 4 * x)) <= 3 * torch.finfo(dtype).eps, x
+
+
+@triton.jit
+def gelu_distances(e, q, r, found, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(e + i)
+    tl.store(found + i, kernels.gelu_distance(x, 1.0 - x, tl.load(q + i), tl.load(r + i)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_distances_of_gelu(dtype: torch.dtype):
+    """Between points of unit length their roots are distances, and these keep all digits however small they are."""
+    generator = torch.Generator().manual_seed(0)
+    e, q, closeness, noise = (torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(4))
+    e, q = 10 ** (-12 * e), 10 ** (4 * q - 2)
+    r = q * (1 + noise * 10 ** (-8 * closeness))
+    e[:4], r[:8] = 0.0, q[:8]
+    e, q, r = e.to(dtype), q.to(dtype), r.to(dtype)
+    found = torch.empty_like(e)
+    gelu_distances[(1,)](e, q, r, found, BLOCK=len(e))
+
+    def kernel(q: mpmath.mpf, r: mpmath.mpf, c: mpmath.mpf) -> mpmath.mpf:
+        qq, rr = 1 + q, 1 + r
+        sizes = (q * r - c * c + c * c / qq + c * c / rr) / mpmath.sqrt(qq * rr - c * c)
+        return c / 4 + (c * mpmath.asin(c / mpmath.sqrt(qq * rr)) + sizes) / (2 * mpmath.pi)
+
+    with mpmath.workdps(40):
+        for values in zip(e.tolist(), q.tolist(), r.tolist(), found.tolist(), strict=True):
+            e_, q_, r_, value = map(mpmath.mpf, values)
+            sizes = kernel(q_, q_, q_), kernel(r_, r_, r_)
+            exact = sizes[0] + sizes[1] - 2 * kernel(q_, r_, mpmath.sqrt(q_ * r_) * (1 - 2 * e_))
+            unit = mpmath.sqrt(sizes[0] * sizes[1])
+            difference = mpmath.sqrt(max(value, 0) / unit) - mpmath.sqrt(exact / unit)
+            assert abs(difference) <= 4 * torch.finfo(dtype).eps, values
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_rounded_inner_products(precision: str):
     """Those of rounded vectors: as the reference has them, but for the lengths that rounding changes."""
-    case = Case(("relu",), n=40, m=35, d=40, precision=precision)
+    case = Case(("relu",), n=9, m=11, d=40, precision=precision)
     values = case.values(torch.float32)
-    expected, actual = (case.results(values, backend, backward=False) for backend in ("reference", "triton"))
-    exact = case._replace(precision="float32").results(values, "reference", backward=False)
+    expected, actual = (case.forward(values, backend) for backend in ("reference", "triton"))
+    exact = case._replace(precision="float32").forward(values, "reference")
     eps = {"tf32": 2.0**-11, "bf16": 2.0**-8}[precision]
     for name in ("nngp", "ntk", "symmetric", "matvec", "value"):
         assert error(actual[name], expected[name]) <= eps
@@ -90,10 +129,10 @@ def spread(t: torch.Tensor) -> torch.Tensor:
 
 
 def test_bits_depend_on_neither_the_run_nor_the_strides():
-    case = Case(("relu+sin",), n=9, m=40, d=9, batch=2, columns=2)
+    case = Case(("relu",), d=9, columns=2)
     values = case.values(torch.float32)
     first = case.results(values, "triton")
-    for change in (torch.clone, spread, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+    for change in (spread, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
         again = case.results({name: change(t) for name, t in values.items()}, "triton")
         assert all(torch.equal(again[name], first[name]) for name in first)
 
@@ -111,23 +150,30 @@ def test_one_weight_for_all():
 
 
 def test_symmetric_matrices_are_symmetric():
-    x = torch.randn(2, 70, 20)
+    x = torch.randn(1, 70, 20)
     gram = ntk_gram(x, activation=("relu", "erf"), bias_std=0.3, backend="triton")
     assert torch.equal(gram, gram.mT)
     assert error(gram, ntk_gram(x, x, activation=("relu", "erf"), bias_std=0.3, backend="triton")) <= 1e-6
 
 
-@pytest.mark.parametrize("even", [False, True])
-def test_triangles(even: bool):
+@triton.jit
+def tiles_of_triangle(found, tiles):
+    row, column = kernels.tile_of_triangle(tl.program_id(0), tiles)
+    tl.store(found + 2 * tl.program_id(0), row)
+    tl.store(found + 2 * tl.program_id(0) + 1, column)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 7, 8])
+def test_triangles(tiles: int):
     """Every tile on or below the diagonal comes once."""
-    tiles = 7 + even
-    found = [kernels.tile_of_triangle.fn(torch.tensor(i), tiles) for i in range(tiles * (tiles + 1) // 2)]
-    assert sorted((int(i), int(j)) for i, j in found) == [(i, j) for i in range(tiles) for j in range(i + 1)]
+    found = torch.empty(tiles * (tiles + 1) // 2, 2, dtype=torch.int32)
+    tiles_of_triangle[(len(found),)](found, tiles)
+    assert sorted(found.tolist()) == [[i, j] for i in range(tiles) for j in range(i + 1)]
 
 
 def test_sums_in_one_program(monkeypatch):
     """As large problems have them, and in several blocks of components."""
-    case = Case(("relu", SIN), n=9, m=70, d=40, columns=3)
+    case = Case(("relu",), n=9, m=33, d=40, columns=3, backward=("matvec",))
     values = case.values(torch.float64)
     expected = case.results(values, "reference")
     monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", 1)
@@ -142,7 +188,7 @@ def test_wide_offsets(monkeypatch):
     check_float64(Case(("relu", "gelu")), "cpu")
 
 
-@pytest.mark.parametrize("activation", [("relu", "relu"), ("erf", "relu"), ("sin", "gelu"), ("rbf",)])
+@pytest.mark.parametrize("activation", [("relu", "relu"), ("sin", "gelu"), ("rbf",)])
 def test_zero_vectors(activation: tuple[str, ...]):
     """Of points, and of networks without weights."""
     case = Case(activation, bias=False)
@@ -156,13 +202,14 @@ def test_zero_vectors(activation: tuple[str, ...]):
             assert error(value, expected[name]) <= 1e-11
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of NumPy, in the interpreter: what makes infinities NaN
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite(bad: float):
     """Reaches its own row and column only, and is NaN there."""
     x = torch.randn(6, 3)
-    expected = ntk_gram(x, activation=("relu", "erf"), backend="triton")
+    expected = ntk_gram(x, activation="relu", backend="triton")
     x[2, 1] = bad
-    found = ntk_gram(x, activation=("relu", "erf"), backend="triton")
+    found = ntk_gram(x, activation="relu", backend="triton")
     touched = torch.zeros(6, 6, dtype=torch.bool)
     touched[2], touched[:, 2] = True, True
     assert found[touched].isnan().all()
@@ -226,7 +273,7 @@ def test_gradients_of_the_witness_by_rows():
 
 
 def test_derivatives():
-    x, z = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    x, z = torch.randn(2, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     tensors = (x.requires_grad_(), z.requires_grad_(), torch.randn(4, dtype=torch.float64).requires_grad_())
 
     def function(x: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -234,4 +281,3 @@ def test_derivatives():
         return product
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)

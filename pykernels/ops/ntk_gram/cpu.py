@@ -36,13 +36,10 @@ def _arguments(problem: Problem, options: Options) -> tuple[tuple[Any, ...], tup
         problem.bias_std.tolist(),
     )
     batch, n, features = x.shape
-    m = n if y is None else y.shape[1]
+    m = -1 if y is None else y.shape[1]
     sizes = (batch, n, m, features, options.kind, PRECISIONS.index(options.precision), torch.get_num_threads())
-    # A set without points has no address, which would stand for x.
-    if y is None or m == 0:
-        points = (x.data_ptr(), 0, *x.stride()[:2], 0, 0)
-    else:
-        points = (x.data_ptr(), y.data_ptr(), *x.stride()[:2], *y.stride()[:2])
+    others = (0, 0, 0) if y is None else (y.data_ptr(), *y.stride()[:2])
+    points = (x.data_ptr(), others[0], *x.stride()[:2], *others[1:])
     return (network, sizes, points), (x, y)
 
 

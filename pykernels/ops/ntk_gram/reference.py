@@ -82,10 +82,13 @@ def rounded(unit: Tensor, precision: str) -> Tensor:
     """Unit vectors as the inner products are to take them."""
     if precision == "float32" or unit.dtype != torch.float32:
         return unit
+    exact = unit.detach()
     if precision == "bf16":
-        return unit.bfloat16().float()
-    bits = unit.view(torch.int32)  # tf32 keeps 10 bits of the mantissa; to nearest, ties to even
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+        found = exact.bfloat16().float()
+    else:
+        bits = exact.view(torch.int32)  # tf32 keeps 10 bits of the mantissa; to nearest, ties to even
+        found = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    return unit + (found - exact)  # with the derivatives of the exact ones
 
 
 def activation_norm(branch: Branch, q: Tensor) -> Tensor:
@@ -156,16 +159,30 @@ def map_rows(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
     return Rows(layers, function(rows.scale))
 
 
-def half_angles(ux: Tensor, uy: Tensor, direct: bool) -> tuple[Tensor, Tensor]:
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, which torch.autocast would round."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def half_angles(ux: Tensor, uy: Tensor, direct: bool, exact: bool) -> tuple[Tensor, Tensor]:
     """e and f of all pairs of unit vectors (..., N, k) and (..., M, k).
 
-    ``direct``: all from differences and sums, with a temporary (..., N, M, k); else those that need it.
+    ``direct``: all from differences and sums, with a temporary (..., N, M, k); else those that need it. Not ``exact``:
+    the others from inner products in any case, since the vectors are rounded.
     """
     if direct:
         difference, total = ux.unsqueeze(-2) - uy.unsqueeze(-3), ux.unsqueeze(-2) + uy.unsqueeze(-3)
         e, f = difference.square().sum(-1) / 4, total.square().sum(-1) / 4
+        if not exact:
+            product = (1 - _product(ux, uy.mT)) / 2
+            near_e, near_f = product < NEAR, 1 - product < NEAR
+            return (
+                torch.where(near_e, e, torch.where(near_f, 1 - f, product)),
+                torch.where(near_f, f, torch.where(near_e, 1 - e, 1 - product)),
+            )
         return torch.where(e <= f, e, 1 - f), torch.where(e <= f, 1 - e, f)
-    e = (1 - ux @ uy.mT) / 2
+    e = (1 - _product(ux, uy.mT)) / 2
     f = 1 - e
     for near, sign in ((e < NEAR, -1), (f < NEAR, 1)):
         index = near.nonzero(as_tuple=True)
@@ -195,6 +212,8 @@ def cells(e: Tensor, f: Tensor, x: Rows, y: Rows, options: Options) -> tuple[Ten
             keeps_f = keeps_f or f_phi is not None
             next_f = next_f + cc * (1 - e_phi if f_phi is None else f_phi) + apart
             slope = slope + cc * d_phi
+        if not all(branch.homogeneous for branch in layer):  # it may leave [0, 1] by rounding
+            next_e = next_e.clamp(0, 1)
         # Where they differ by rounding, the smaller one is right.
         e, f = next_e, 1 - next_e
         if keeps_f:
@@ -256,6 +275,12 @@ def _from_distance(branch: Branch, distance: Tensor, x: BranchRows, y: BranchRow
     return (branch.constants[0] ** 2 * distance / x.norm - (x.norm - y.norm).square() / x.norm) / (4 * y.norm)
 
 
+def _of_both(from_kernel: Tensor, from_distance: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
+    """e_phi from the one that keeps its digits: the distance of near pairs of like norms."""
+    alike = (x.norm - y.norm).square() <= x.norm * y.norm
+    return torch.where((from_kernel < 0.05) & alike, from_distance, from_kernel)
+
+
 def _from_kernel(branch: Branch, kernel: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
     """e_phi from E[phi(f(x)) phi(f(y))] / amplitude^2."""
     return (1 - branch.constants[0] ** 2 * kernel / x.norm / y.norm) / 2
@@ -281,9 +306,9 @@ def _erf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, sta
     lengths = lx * ly
     complement = bx + by - bx * by + 4 * lengths * lengths * e * f  # 1 - X^2
     derivative = 4 * frequency / math.pi * (bx * by / complement).sqrt()
+    from_kernel = _from_kernel(branch, 2 / math.pi * _arcsine(lengths * (f - e), complement), x, y)
     if not stable:
-        kernel = 2 / math.pi * _arcsine(lengths * (f - e), complement)
-        return _from_kernel(branch, kernel, x, y), derivative
+        return from_kernel, derivative
     # The angles eta = pi/2 - asin(X) of the pair and of each with itself, as differences: h = sin(eta / 2)^2.
     apart = (lx - ly).square() / 4 + lengths * e
     hx, hy = bx / 2, by / 2
@@ -296,7 +321,7 @@ def _erf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, sta
         return 2 * torch.asin((difference / scale.clamp_min(1e-30)).clamp(-1, 1))
 
     distance = 2 / math.pi * (angle(own + apart, hx) + angle(apart - own, hy))
-    return _from_distance(branch, distance, x, y), derivative
+    return _of_both(from_kernel, _from_distance(branch, distance, x, y), x, y), derivative
 
 
 def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
@@ -310,7 +335,9 @@ def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, sta
     u, v = torch.exp(-apart), torch.exp(-b / 2 * _apart(x, y, f))
     # px^2 + py^2 - 2 V, and V = px py exp(apart), which is exp(-b S / 2) where exp(apart) would overflow
     lost = (x.first - y.first).square() + 2 * v * torch.expm1(-apart)
-    return _from_distance(branch, -torch.expm1(-apart) - even / 2 * lost, x, y), sign * b / 2 * (u + even * v)
+    kernel = -u / 2 * torch.expm1(-2 * b * x.root * y.root * (f - e)) if even == 1 else (u - even * v) / 2
+    from_distance = _from_distance(branch, -torch.expm1(-apart) - even / 2 * lost, x, y)
+    return _of_both(_from_kernel(branch, kernel, x, y), from_distance, x, y), sign * b / 2 * (u + even * v)
 
 
 def _rbf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
@@ -332,7 +359,57 @@ def _gelu(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, st
     both = x.first * y.first
     i = 0.25 + _arcsine(c * both.sqrt(), rest * both) / (2 * math.pi)
     kernel = c * i + j * (sines + c * c * (x.first + y.first))
-    return _from_kernel(branch, kernel, x, y), i + j * c * (x.first + y.first + 1 / rest)
+    from_kernel, derivative = _from_kernel(branch, kernel, x, y), i + j * c * (x.first + y.first + 1 / rest)
+    if not stable:
+        return from_kernel, derivative
+    # Far pairs are taken for coincident ones: their distance is not used, but nor may its derivatives be infinite.
+    e = torch.where(from_kernel < 0.05, e, 0.0)
+    return _of_both(from_kernel, _from_distance(branch, _gelu_distance(e, x, y), x, y), x, y), derivative
+
+
+def _gelu_distance(e: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
+    """K(x, x) + K(y, y) - 2 K(x, y) of near pairs, as K(x, x) + K(y, y) - 2 K' + 2 [K' - K(x, y)].
+
+    K' is of the two points turned into one direction, c' = sqrt(q r), and the differences of each part are taken first.
+    """
+    a, b, both, total = x.root, y.root, x.first * y.first, x.first + y.first
+    roots, step = a * b, a - b
+    c, sines, lost = roots * (1 - 2 * e), 4 * roots * roots * e * (1 - e), 2 * roots * e  # lost: c' - c
+    aligned = 1 + x.q + y.q
+    rest, width, long = aligned + sines, (aligned + sines).sqrt(), aligned.sqrt()
+    turn = _arcsine_difference(lost * both.sqrt(), roots * both.sqrt(), aligned * both, c * both.sqrt(), rest * both)
+    i = math.pi / 2 + _arcsine(roots * both.sqrt(), aligned * both)  # 2 pi I'
+    turned = (
+        lost * i
+        + c * turn
+        + (total - 1) * sines / long
+        + sines * (sines + c * c * total) / ((width + long) * width * long)
+    )
+    # In one direction K = a b g(a, b), of which again only differences are taken.
+
+    def less(own: BranchRows, other: BranchRows, step: Tensor) -> Tensor:
+        """2 pi [g(a, a) - g(a, b)]"""
+        alone = 1 + 2 * own.q
+        reach, other_reach = own.root * own.first.sqrt(), other.root * other.first.sqrt()
+        angle = _arcsine_difference(
+            reach * (reach - other_reach),
+            reach * reach,
+            alone * own.first.square(),
+            reach * other_reach,
+            aligned * both,
+        )
+        scale = alone.sqrt() * long * (alone.sqrt() + long)
+        linear = own.root * step * (own.first + (1 - roots) * both) / long
+        return angle + linear - 2 * own.q * own.first * step * (a + b) / scale
+
+    in_norm = step.square() * (i + roots * total / long) + x.q * less(x, y, step) + y.q * less(y, x, -step)
+    return (in_norm + 2 * turned) / (2 * math.pi)
+
+
+def _arcsine_difference(difference: Tensor, x: Tensor, x_complement: Tensor, y: Tensor, y_complement: Tensor) -> Tensor:
+    """asin(x) - asin(y) of positive numbers, from x - y and the complements 1 - x^2 and 1 - y^2."""
+    scale = x * y_complement.sqrt() + y * x_complement.sqrt()
+    return torch.asin((difference * (x + y) / scale.clamp_min(1e-30)).clamp(-1, 1))
 
 
 def _gelu_square(q: Tensor) -> Tensor:
@@ -370,7 +447,8 @@ def _direct(x: Tensor, y: Tensor) -> bool:
 
 def _kernels(x: tuple[Tensor, Rows], y: tuple[Tensor, Rows], options: Options) -> list[Tensor]:
     """(..., N, M): NNGP, tangent kernel, or both."""
-    e, f = half_angles(x[0], y[0], _direct(x[0], y[0]))
+    exact = options.precision == "float32" or x[0].dtype != torch.float32
+    e, f = half_angles(x[0], y[0], _direct(x[0], y[0]), exact)
     first = map_rows(x[1], lambda t: t.unsqueeze(-1))
     second = map_rows(y[1], lambda t: t.unsqueeze(-2))
     found = cells(e, f, first, second, options)
@@ -391,7 +469,7 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
     parts = []
     for start in range(0, max(1, ux.shape[-2]), n):
         some = (ux[..., start : start + n, :], map_rows(rx, lambda t: t[..., start : start + n]))  # noqa: B023
-        parts.append(_kernels(some, y, options)[0] @ v)
+        parts.append(_product(_kernels(some, y, options)[0], v))
     return torch.cat(parts, -2)
 
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pykernels.ops._triton_math import angle_of, asin, expm1_of_negative
+from pykernels.ops._triton_math import arc_of, asin, excess_of, expm1_of_negative
 from pykernels.ops.ntk_gram import activations, reference
 from pykernels.ops.ntk_gram.activations import Branch, Options
 from pykernels.ops.ntk_gram.op import gram_shape, witness_shapes
@@ -35,6 +35,8 @@ from pykernels.ops.ntk_gram.reference import Problem
 
 #: Vectors of at most this many numbers are subtracted from each other without a look at their inner product.
 FEW = 8
+#: Of the last layers, so many may lose digits of small angles where they are smooth: more would add their losses up.
+STEADY = 3
 #: Programs that are enough for a GPU: rows of tiles are split to reach them.
 ENOUGH_PROGRAMS = 512
 #: Columns of a matrix that one program multiplies with, and components of the gradient that it computes.
@@ -112,7 +114,9 @@ def _described(layers: tuple[tuple[Branch, ...], ...]) -> Layout:
     column, derivative, parameter = 0, columns, 0
     for i, layer in enumerate(layers):
         rough = any(b.code in (activations.RELU, activations.LEAKY_RELU) for later in layers[i + 1 :] for b in later)
-        stable = rough and any(b.code in (activations.ERF, activations.SIN) for b in layer)
+        stable = (rough or len(layers) - i > STEADY) and any(
+            b.code in (activations.ERF, activations.GELU, activations.SIN) for b in layer
+        )
         of_layer, derivative = derivative, derivative + 2
         branches = []
         for branch in layer:
@@ -192,7 +196,7 @@ def augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D: tl.
     x = tl.load(points + at + k * stride_d, mask=(k < d) & (at >= 0), other=0.0).to(tl.float64)
     size = tl.where(d > 0, d, 1).to(tl.float64)
     x = x * (tl.load(weight_std) / tl.sqrt(size))
-    return tl.where(k == d, tl.load(bias_std), x)
+    return tl.where(k == d, tl.maximum(tl.abs(tl.load(bias_std)), LEAST_VARIANCE**0.5), x)
 
 
 @triton.jit
@@ -277,13 +281,12 @@ def ntk_gram_rows(
     for first in range(0, KP, BLOCK_D):
         a = augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D)
         largest = tl.maximum(largest, tl.max(tl.abs(a), 1))
-    largest = tl.minimum(tl.maximum(largest, 1e-30), 1e150)  # against overflow
+    largest = tl.minimum(largest, 1e150)  # against overflow
     total = tl.zeros((BLOCK_N,), tl.float64)
     for first in range(0, KP, BLOCK_D):
         a = augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D) / largest[:, None]
         total += tl.sum(a * a, 1)
     q = total * largest * largest
-    q = tl.where(q < LEAST_VARIANCE, LEAST_VARIANCE, q)
     length = tl.sqrt(q)
     for first in range(0, KP, BLOCK_D):
         a = augmented(points, weight_std, bias_std, at, stride_d, d, first, BLOCK_D) / length[:, None]
@@ -396,6 +399,12 @@ def half_angles(
 
 
 @triton.jit
+def are_apart(h):
+    """Closer than the rounding of unit vectors is coincident, where the infinite derivative is taken for 0."""
+    return h > (1e-30 if h.dtype == tl.float64 else 1e-14)
+
+
+@triton.jit
 def piecewise_linear(e, f, PART: tl.constexpr):
     """max(z, 0) + slope min(z, 0), a mixture of the identity and of relu: e_phi and d_phi.
 
@@ -403,17 +412,18 @@ def piecewise_linear(e, f, PART: tl.constexpr):
     """
     small = e <= f
     h = tl.where(small, e, f)
-    root, angle, excess = angle_of(h)
-    relu = h - root * h * excess * (1.0 / PI)
-    turn = root * angle * (2.0 / PI)  # theta / pi
+    root = tl.sqrt(tl.where(are_apart(h), h, 0.0))
+    relu = h - root * h * excess_of(h) * (1.0 / PI)
+    turn = root * arc_of(h) * (2.0 / PI)  # theta / pi
     e_phi = tl.where(small, PART * h, (1.0 + PART) * 0.5 - h) + (1.0 - PART) * relu
     return e_phi, PART + (1.0 - PART) * tl.where(small, 1.0 - turn, turn)
 
 
 @triton.jit
-def from_distance(distance, nx, ny):
-    """e_phi from E[(phi(f(x)) - phi(f(y)))^2]."""
-    return (distance - (nx - ny) * (nx - ny)) / (4.0 * nx * ny)
+def from_distance(distance, kernel, nx, ny):
+    """e_phi from E[(phi(f(x)) - phi(f(y)))^2] where that is small, else from E[phi(f(x)) phi(f(y))]."""
+    norms = nx * ny
+    return tl.where(distance < norms, (distance - (nx - ny) * (nx - ny)) / (4.0 * norms), 0.5 - kernel / (2.0 * norms))
 
 
 @triton.jit
@@ -434,14 +444,14 @@ def erf_pair(e, f, x, y, COLUMN: tl.constexpr, STABLE: tl.constexpr):
     lengths = rx * ry
     complement = 2.0 * (hx + hy - 2.0 * hx * hy) + 4.0 * lengths * lengths * e * f  # 1 - X^2
     d_phi = lengths * (2.0 / PI) / (tl.sqrt(complement) * nx * ny)
+    kernel = asin(lengths * (f - e), complement) * (2.0 / PI)
     if STABLE:
         # The angles pi/2 - asin(X) of the pair and of each with itself, as differences.
         apart = (rx - ry) * (rx - ry) * 0.25 + lengths * e
         h = (hx + hy) * 0.5 + apart
         distance = angle_between((hy - hx) * 0.5 + apart, h, hx) + angle_between((hx - hy) * 0.5 + apart, h, hy)
-        return from_distance(distance * (2.0 / PI), nx, ny), d_phi
+        return from_distance(distance * (2.0 / PI), kernel, nx, ny), d_phi
     else:
-        kernel = asin(lengths * (f - e), complement) * (2.0 / PI)
         return 0.5 - kernel / (2.0 * nx * ny), d_phi
 
 
@@ -454,13 +464,40 @@ def sin_pair(e, f, x, y, COLUMN: tl.constexpr, EVEN: tl.constexpr):
     if EVEN == -1:  # the cosine does not know the sign of its argument
         sign = tl.where(e <= f, 1.0, -1.0).to(e.dtype)
         e, f = tl.where(e <= f, e, f), tl.where(e <= f, f, e)
-    square = (gx - gy) * (gx - gy)
-    apart = square + 4.0 * gx * gy * e
-    u, v = tl.exp(-apart), tl.exp(-square - 4.0 * gx * gy * f)
+    square, product, cosine = (gx - gy) * (gx - gy), gx * gy, f - e
+    apart = square + 4.0 * product * e
+    u, v = tl.exp(-apart), tl.exp(-square - 4.0 * product * f)
+    difference = -expm1_of_negative(-4.0 * product * tl.abs(cosine))
+    kernel = 0.5 * (tl.where(cosine < 0, -v, u) * difference + (1.0 - EVEN) * v)
     distance = -expm1_of_negative(-apart)
     px, py = tl.exp(-2.0 * gx * gx), tl.exp(-2.0 * gy * gy)
     distance += (0.5 * EVEN) * (2.0 * v * distance - (px - py) * (px - py))
-    return from_distance(distance, nx, ny), sign * gx * gy * (u + EVEN * v) / (nx * ny)
+    return from_distance(distance, kernel, nx, ny), sign * product * (u + EVEN * v) / (nx * ny)
+
+
+@triton.jit
+def gelu_distance(e, f, q, r):
+    """E[(phi(f(x)) - phi(f(y)))^2] of z Phi(z), from differences alone.
+
+    K = c / 4 + (c asin(X) + M / sqrt(R)) / (2 pi), X = c / sqrt((1 + q) (1 + r)), R = (1 + q) (1 + r) - c^2,
+    M = q r - c^2 + c^2 / (1 + q) + c^2 / (1 + r).
+    """
+    qq, rr = 1.0 + q, 1.0 + r
+    root = tl.sqrt(q) * tl.sqrt(r)
+    c = root * (f - e)
+    apart = (tl.sqrt(q) - tl.sqrt(r)) * (tl.sqrt(q) - tl.sqrt(r)) + 4.0 * root * e  # q + r - 2 c
+    product = 4.0 * root * root * e * f  # q r - c^2
+    rest = 1.0 + q + r + product
+    # The angles pi/2 - asin(X), as for erf.
+    lx, ly, hx, hy = tl.sqrt(q / qq), tl.sqrt(r / rr), 0.5 / qq, 0.5 / rr
+    between = (lx - ly) * (lx - ly) * 0.25 + lx * ly * e
+    h = (hx + hy) * 0.5 + between
+    arcs = q * angle_between((hy - hx) * 0.5 + between, h, hx) + r * angle_between((hx - hy) * 0.5 + between, h, hy)
+    arcs += apart * asin(lx * ly * (f - e), rest / (qq * rr))
+    sq, sr, sc = tl.sqrt(1.0 + 2.0 * q), tl.sqrt(1.0 + 2.0 * r), tl.sqrt(rest)
+    of_q = ((q - r + apart) * 0.5 * (q + c) + c * c * (r - q + product) / (sc * (sq + sc))) / (qq * sq)
+    of_r = ((r - q + apart) * 0.5 * (r + c) + c * c * (q - r + product) / (sc * (sr + sc))) / (rr * sr)
+    return 0.25 * apart + (arcs + 2.0 * (of_q + of_r - product / sc)) * 0.15915494309189535
 
 
 @triton.jit
@@ -495,7 +532,10 @@ def pair(e, f, x, y, BRANCH: tl.constexpr, STABLE: tl.constexpr):
         nx, ny = parameter(x, COLUMN + 2), parameter(y, COLUMN + 2)
         root = tl.sqrt(q) * tl.sqrt(r)
         kernel, by_c, _, _, _ = gelu_kernels(q, r, root * (f - e), 4.0 * q * r * e * f)
-        e_phi = 0.5 - kernel / (2.0 * nx * ny)
+        if STABLE:  # noqa: SIM108  (a conditional expression would compile both)
+            e_phi = from_distance(gelu_distance(e, f, q, r), kernel, nx, ny)
+        else:
+            e_phi = 0.5 - kernel / (2.0 * nx * ny)
         return e_phi, by_c * root / (nx * ny), 1.0 - e_phi
 
 
@@ -510,9 +550,9 @@ def pair_derivatives(e, f, e_phi, d_phi, x, y, BRANCH: tl.constexpr):
         return nothing, nothing, nothing
     elif CODE == LEAKY_RELU:
         h = tl.where(e <= f, e, f)
-        positive = h > 0
-        sine = tl.sqrt(tl.where(positive, h * (1.0 - h), 1.0))
-        return tl.where(positive, (BRANCH[1] - 1.0) / (PI * sine), 0.0), nothing, nothing
+        apart = are_apart(h)
+        sine = tl.sqrt(tl.where(apart, h * (1.0 - h), 1.0))
+        return tl.where(apart, (BRANCH[1] - 1.0) / (PI * sine), 0.0), nothing, nothing
     elif CODE == ERF:
         rx, ry = parameter(x, COLUMN + 1), parameter(y, COLUMN + 1)
         hx, hy = parameter(x, COLUMN + 2), parameter(y, COLUMN + 2)
