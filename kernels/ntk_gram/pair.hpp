@@ -173,10 +173,14 @@ PK_INLINE void piecewise_linear(const Branch<T>& branch, const Pairs<T, U>& e, c
     }
 }
 
-// e_phi from the kernel, or of near pairs, where it would cancel, from the distance K(x, x) + K(y, y) - 2 K(x, y).
+// e_phi from the kernel, or of near pairs of like norms, where it would cancel, from the distance K(x, x) + K(y, y) -
+// 2 K(x, y). `norms` is the inverse product of the two, `apart` their difference.
 template <class T>
-PK_INLINE Vec<T> nearer(Vec<T> from_kernel, Vec<T> from_distance) {
-    return select_le(Vec<T>(T(0.05)), from_kernel, from_kernel, from_distance);
+PK_INLINE Vec<T> nearer(Vec<T> from_kernel, Vec<T> distance, Vec<T> norms, Vec<T> apart) {
+    const Vec<T> unlike = norms * apart * apart;
+    const Vec<T> from_distance = Vec<T>(T(0.25)) * (norms * distance - unlike);
+    const Vec<T> if_near = select_le(unlike, Vec<T>(T(1)), from_distance, from_kernel);
+    return select_le(Vec<T>(T(0.05)), from_kernel, from_kernel, if_near);
 }
 
 // K = 2/pi asin(X), X = l_x l_y (f - e), l^2 = 1 - b: an angle of vectors that have a part sqrt(b) each of its own. An odd
@@ -207,7 +211,7 @@ PK_INLINE void error_function(const Branch<T>& branch, bool stable, const Number
             const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
             const Vec<T> distance = four * (arcsine((own + apart) / greatest(scale_x, tiny)) +
                                             arcsine((apart - own) / greatest(scale_y, tiny)));
-            made_low = nearer(made_low, quarter * norms * (distance - apart_in_norm * apart_in_norm));
+            made_low = nearer(made_low, distance, norms, apart_in_norm);
         }
         made.e[u] = select_le(e[u], f[u], made_low, one - made_low);
         made.f[u] = select_le(e[u], f[u], one - made_low, made_low);
@@ -253,8 +257,7 @@ PK_INLINE void sine(const Branch<T>& branch, const Numbers<T>& n, const Pairs<T,
         const Vec<T> distance = zero - lost - half * even * ((px - py) * (px - py) + two * lower * lost);
         const Vec<T> kernel =
             is_odd ? zero - upper * expm1(zero - two * b * roots * (high - low)) : upper - even * lower;
-        const Vec<T> made_low =
-            nearer(half - quarter * norms * kernel, quarter * norms * (distance - apart_in_norm * apart_in_norm));
+        const Vec<T> made_low = nearer(half - quarter * norms * kernel, distance, norms, apart_in_norm);
         const Vec<T> other = is_odd ? one - made_low : made_low;
         made.e[u] = select_le(zero, side, made_low, other);
         made.f[u] = select_le(zero, side, other, made_low);
@@ -357,7 +360,7 @@ PK_INLINE void gaussian_error_unit(const Branch<T>& branch, bool stable, const N
         if (stable) {
             const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
             const Vec<T> distance = gelu_distance(n.x(at + N::root), n.y(at + N::root, u), iq, ir, e[u]);
-            made.e[u] = nearer(made.e[u], quarter * norms * (distance - apart_in_norm * apart_in_norm));
+            made.e[u] = nearer(made.e[u], distance, norms, apart_in_norm);
         }
         made.d[u] = first * g;
         if constexpr (derivatives) {

@@ -282,7 +282,8 @@ def test_precision_of_inner_products(precision, capability):
         for name, one, other, exact, size in zip(
             NAMES, found, expected, full, sizes(network, points, "ntk"), strict=True
         ):
-            assert error(one, other, size) <= (3e-4 if name == "gradients" else 1e-5), name
+            # Derivatives are those of exact vectors, taken at rounded ones in places of their own.
+            assert error(one, other, size) <= (8 * unit if name == "gradients" else 1e-5), name
             if name != "gradients":
                 assert error(one, exact, size) <= 8 * unit
                 assert not torch.equal(one, exact)
@@ -470,7 +471,7 @@ def test_large_points(activation, runner):
     backend = use(runner)
     for bias, dtype in itertools.product((0.0, 1.0), (torch.float32, F64)):
         kernels = NTK(2, activation, bias_std=bias)
-        for scale in (1e2, 1e3, 1e5, 1e10):
+        for scale in (1e2, 1e3, 1e5, 1e10)[: 3 if dtype == torch.float32 else 4]:
             x = torch.tensor([[1.0, -1.0], [1.0, 0.5], [1.0, -1.001]], dtype=dtype) * scale
             x = torch.cat([x, torch.tensor([[1.0, 0.0]], dtype=dtype)]).requires_grad_()
             kernel = kernels.gram(x, backend=backend)

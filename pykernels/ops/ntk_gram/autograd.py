@@ -141,16 +141,17 @@ class _Sums:
             self._accumulate(which, _of_points(gradients, problem))
         if not self.scales:
             return
-        detached = Problem(problem.x.detach(), None, *(t.detach().requires_grad_() for t in problem[2:]))
-        with torch.enable_grad():
-            augmented = reference.augment(detached.x, *detached[2:])
-            q = reference.normalized(augmented.detach())[1]
-            parameters = reference.primary(reference.rows(q, *detached[2:], self.options), self.options)
-            # A network without hidden layers has no row parameter that depends on the scales.
-            total = (augmented * gradients.double()).sum() + (parameters * rows.double()).sum()
-            found = torch.autograd.grad(total, detached[2:], allow_unused=True)
-        for i, gradient in enumerate(found, start=2):
-            if self.needed[i] and gradient is not None:
+        q = reference.normalized(reference.augment(problem.x, *problem[2:]))[1]
+
+        def total(weight_std: Tensor, bias_std: Tensor) -> Tensor:
+            parameters = reference.primary(reference.rows(q, weight_std, bias_std, self.options), self.options)
+            along = reference.augment(problem.x, weight_std, bias_std) * gradients.double()
+            return along.sum() + (parameters * rows.double()).sum()
+
+        # Not autograd.grad, which torch.compile does not trace.
+        value, pull = torch.func.vjp(total, *problem[2:])[:2]
+        for i, gradient in enumerate(pull(torch.ones_like(value)), start=2):
+            if self.needed[i]:
                 self._accumulate(i, gradient)
 
     def _accumulate(self, which: int, gradient: Tensor) -> None:

@@ -82,10 +82,13 @@ def rounded(unit: Tensor, precision: str) -> Tensor:
     """Unit vectors as the inner products are to take them."""
     if precision == "float32" or unit.dtype != torch.float32:
         return unit
+    exact = unit.detach()
     if precision == "bf16":
-        return unit.bfloat16().float()
-    bits = unit.view(torch.int32)  # tf32 keeps 10 bits of the mantissa; to nearest, ties to even
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+        found = exact.bfloat16().float()
+    else:
+        bits = exact.view(torch.int32)  # tf32 keeps 10 bits of the mantissa; to nearest, ties to even
+        found = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    return unit + (found - exact)  # with the derivatives of the exact ones
 
 
 def activation_norm(branch: Branch, q: Tensor) -> Tensor:
@@ -156,6 +159,12 @@ def map_rows(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
     return Rows(layers, function(rows.scale))
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, which torch.autocast would round."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def half_angles(ux: Tensor, uy: Tensor, direct: bool, exact: bool) -> tuple[Tensor, Tensor]:
     """e and f of all pairs of unit vectors (..., N, k) and (..., M, k).
 
@@ -166,14 +175,14 @@ def half_angles(ux: Tensor, uy: Tensor, direct: bool, exact: bool) -> tuple[Tens
         difference, total = ux.unsqueeze(-2) - uy.unsqueeze(-3), ux.unsqueeze(-2) + uy.unsqueeze(-3)
         e, f = difference.square().sum(-1) / 4, total.square().sum(-1) / 4
         if not exact:
-            product = (1 - ux @ uy.mT) / 2
+            product = (1 - _product(ux, uy.mT)) / 2
             near_e, near_f = product < NEAR, 1 - product < NEAR
             return (
                 torch.where(near_e, e, torch.where(near_f, 1 - f, product)),
                 torch.where(near_f, f, torch.where(near_e, 1 - e, 1 - product)),
             )
         return torch.where(e <= f, e, 1 - f), torch.where(e <= f, 1 - e, f)
-    e = (1 - ux @ uy.mT) / 2
+    e = (1 - _product(ux, uy.mT)) / 2
     f = 1 - e
     for near, sign in ((e < NEAR, -1), (f < NEAR, 1)):
         index = near.nonzero(as_tuple=True)
@@ -203,6 +212,8 @@ def cells(e: Tensor, f: Tensor, x: Rows, y: Rows, options: Options) -> tuple[Ten
             keeps_f = keeps_f or f_phi is not None
             next_f = next_f + cc * (1 - e_phi if f_phi is None else f_phi) + apart
             slope = slope + cc * d_phi
+        if not all(branch.homogeneous for branch in layer):  # it may leave [0, 1] by rounding
+            next_e = next_e.clamp(0, 1)
         # Where they differ by rounding, the smaller one is right.
         e, f = next_e, 1 - next_e
         if keeps_f:
@@ -264,9 +275,10 @@ def _from_distance(branch: Branch, distance: Tensor, x: BranchRows, y: BranchRow
     return (branch.constants[0] ** 2 * distance / x.norm - (x.norm - y.norm).square() / x.norm) / (4 * y.norm)
 
 
-def _of_both(from_kernel: Tensor, from_distance: Tensor) -> Tensor:
-    """e_phi from the one that keeps its digits: the distance of near pairs."""
-    return torch.where(from_kernel < 0.05, from_distance, from_kernel)
+def _of_both(from_kernel: Tensor, from_distance: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
+    """e_phi from the one that keeps its digits: the distance of near pairs of like norms."""
+    alike = (x.norm - y.norm).square() <= x.norm * y.norm
+    return torch.where((from_kernel < 0.05) & alike, from_distance, from_kernel)
 
 
 def _from_kernel(branch: Branch, kernel: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
@@ -309,7 +321,7 @@ def _erf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, sta
         return 2 * torch.asin((difference / scale.clamp_min(1e-30)).clamp(-1, 1))
 
     distance = 2 / math.pi * (angle(own + apart, hx) + angle(apart - own, hy))
-    return _of_both(from_kernel, _from_distance(branch, distance, x, y)), derivative
+    return _of_both(from_kernel, _from_distance(branch, distance, x, y), x, y), derivative
 
 
 def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
@@ -325,7 +337,7 @@ def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, sta
     lost = (x.first - y.first).square() + 2 * v * torch.expm1(-apart)
     kernel = -u / 2 * torch.expm1(-2 * b * x.root * y.root * (f - e)) if even == 1 else (u - even * v) / 2
     from_distance = _from_distance(branch, -torch.expm1(-apart) - even / 2 * lost, x, y)
-    return _of_both(_from_kernel(branch, kernel, x, y), from_distance), sign * b / 2 * (u + even * v)
+    return _of_both(_from_kernel(branch, kernel, x, y), from_distance, x, y), sign * b / 2 * (u + even * v)
 
 
 def _rbf(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, stable: bool) -> tuple[Tensor, Tensor]:
@@ -352,7 +364,7 @@ def _gelu(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, st
         return from_kernel, derivative
     # Far pairs are taken for coincident ones: their distance is not used, but nor may its derivatives be infinite.
     e = torch.where(from_kernel < 0.05, e, 0.0)
-    return _of_both(from_kernel, _from_distance(branch, _gelu_distance(e, x, y), x, y)), derivative
+    return _of_both(from_kernel, _from_distance(branch, _gelu_distance(e, x, y), x, y), x, y), derivative
 
 
 def _gelu_distance(e: Tensor, x: BranchRows, y: BranchRows) -> Tensor:
@@ -457,7 +469,7 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
     parts = []
     for start in range(0, max(1, ux.shape[-2]), n):
         some = (ux[..., start : start + n, :], map_rows(rx, lambda t: t[..., start : start + n]))  # noqa: B023
-        parts.append(_kernels(some, y, options)[0] @ v)
+        parts.append(_product(_kernels(some, y, options)[0], v))
     return torch.cat(parts, -2)
 
 

@@ -532,7 +532,7 @@ def pair(e, f, x, y, BRANCH: tl.constexpr, STABLE: tl.constexpr):
         nx, ny = parameter(x, COLUMN + 2), parameter(y, COLUMN + 2)
         root = tl.sqrt(q) * tl.sqrt(r)
         kernel, by_c, _, _, _ = gelu_kernels(q, r, root * (f - e), 4.0 * q * r * e * f)
-        if STABLE:
+        if STABLE:  # noqa: SIM108  (a conditional expression would compile both)
             e_phi = from_distance(gelu_distance(e, f, q, r), kernel, nx, ny)
         else:
             e_phi = 0.5 - kernel / (2.0 * nx * ny)
