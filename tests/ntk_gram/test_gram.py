@@ -498,9 +498,8 @@ def test_points_that_nearly_coincide(runner):
                 kernel = kernels.gram(points, backend=backend)
                 assert torch.autograd.grad(kernel.sum(), points)[0].isfinite().all()
                 if exponent <= (4 if dtype == torch.float32 else 12):
-                    exact, slope = kernels.witness(
-                        x.to(dtype).double(), z.double(), torch.ones(2, dtype=F64), backend="reference"
-                    )
+                    double = x.to(dtype).double(), z.double(), a.double()
+                    exact, slope = kernels.witness(*double, backend="reference")
                     assert error(value, exact) <= (1e-6 if dtype == torch.float32 else 1e-12)
                     # The direction of the difference of two unit vectors has their rounding, divided by it.
                     rounding = 1e-7 if dtype == torch.float32 else 1e-15
