@@ -208,7 +208,7 @@ def everything(network: Network, points: Points) -> list[Tensor]:
 def test_threads(threads, poisoned):
     """The same bits, whatever the number of threads."""
     for network, (n, m, d, lead) in itertools.product(
-        FEW[:3], [(150, None, 3, ()), (130, 90, 20, ()), (3, 900, 9, ()), (900, 3, 2, ()), (40, None, 100, (5,))]
+        FEW[1:3], [(150, None, 3, ()), (130, 90, 20, ()), (3, 900, 9, ()), (900, 3, 2, ()), (40, None, 100, (5,))]
     ):
         for dtype in (torch.float32, F64)[d > 5 :]:
             points = Points.of(n, m, d, lead=lead, dtype=dtype)
@@ -267,7 +267,11 @@ def test_float32_beside_the_reference(network, capability):
     eps = torch.finfo(torch.float32).eps
     for name, one, other in zip(NAMES, ours, theirs, strict=True):
         assert one <= (3 if name == "gradients" else 2) * other + 4 * eps, (name, one, other)
+<<<<<<< HEAD
     assert own <= 3 * their + 16 * eps, (own, their)  # rounding adds up in sums over points
+=======
+    assert own <= 3 * their + 16 * eps, (own, their)
+>>>>>>> h4
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
