@@ -13,9 +13,9 @@ from torch import Tensor
 from pykernels.backends import Cost
 from pykernels.ops._memory import size
 
-#: Of a branch of a layer, in float32 and float64; and how much more its derivatives take.
+#: Of a branch of a layer, in float32 and float64, and what its derivatives take besides.
 _BRANCH_FLOPS = {torch.float32: 50, torch.float64: 110}
-_DERIVATIVES = 2
+_DERIVATIVE_FLOPS = 30
 
 
 def _pairs(x: Tensor, y: Any) -> float:
@@ -55,5 +55,5 @@ def witness(
 ) -> Cost:
     """The gradient takes another product with the points."""
     other = x if y is None else y
-    flops = _pairs(x, other) * (2 * (x.shape[-1] + 1) + (1 + _DERIVATIVES) * _pair_flops(x, codes))
+    flops = _pairs(x, other) * (2 * (x.shape[-1] + 1) + len(codes) * _DERIVATIVE_FLOPS + _pair_flops(x, codes))
     return Cost(int(flops), 2 * size((x,)) + size((y, left, right, dense)))
