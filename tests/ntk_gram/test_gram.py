@@ -267,7 +267,7 @@ def test_float32_beside_the_reference(network, capability):
     eps = torch.finfo(torch.float32).eps
     for name, one, other in zip(NAMES, ours, theirs, strict=True):
         assert one <= (3 if name == "gradients" else 2) * other + 4 * eps, (name, one, other)
-    assert own <= 3 * their + 16 * eps, (own, their)
+    assert own <= 3 * their + 16 * eps, (own, their)  # rounding adds up in sums over points
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -18,7 +18,7 @@ from pykernels.ops._autograd import apply, differentiable_gradients, recording, 
 from pykernels.ops._op import unobserved
 from pykernels.ops.ntk_gram import reference
 from pykernels.ops.ntk_gram.activations import Options
-from pykernels.ops.ntk_gram.op import gram_op, kernels, matvec_op, witness_op
+from pykernels.ops.ntk_gram.op import gram_op, kernels, matvec_op, scale_gradients, scales_op, witness_op
 from pykernels.ops.ntk_gram.reference import Problem
 
 _N_POINTS = len(Problem._fields)
@@ -48,7 +48,8 @@ def matvec(problem: Problem, v: Tensor, options: Options, backend: str) -> Tenso
 
 def witness(problem: Problem, a: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """(B, N) and (B, N, d), for a (B, M)."""
-    if not torch.compiler.is_compiling() and transforming(*problem, a):
+    # torch.compile does not trace the derivatives of the gradient inside a Function.
+    if recording(*problem, a) if torch.compiler.is_compiling() else transforming(*problem, a):
         return reference.witness(problem, a, options)
     if recording(*problem, a):
         result: tuple[Tensor, Tensor] = apply(Witness, *problem, a, *options, backend)
@@ -141,16 +142,9 @@ class _Sums:
             self._accumulate(which, _of_points(gradients, problem))
         if not self.scales:
             return
-        q = reference.normalized(reference.augment(problem.x, *problem[2:]))[1]
-
-        def total(weight_std: Tensor, bias_std: Tensor) -> Tensor:
-            parameters = reference.primary(reference.rows(q, weight_std, bias_std, self.options), self.options)
-            along = reference.augment(problem.x, weight_std, bias_std) * gradients.double()
-            return along.sum() + (parameters * rows.double()).sum()
-
-        # Not autograd.grad, which torch.compile does not trace.
-        value, pull = torch.func.vjp(total, *problem[2:])[:2]
-        for i, gradient in enumerate(pull(torch.ones_like(value)), start=2):
+        args = (problem.x, *problem[2:], gradients, rows, *self.options)
+        found = scales_op(*args) if torch.compiler.is_compiling() else scale_gradients(*args)
+        for i, gradient in enumerate(found, start=2):
             if self.needed[i]:
                 self._accumulate(i, gradient)
 

@@ -19,7 +19,7 @@ No y is x: its Gram matrix is symmetric, and only half of it is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pykernels.ops._op import implement, library
-from pykernels.ops.ntk_gram import cost
+from pykernels.ops.ntk_gram import cost, reference
 from pykernels.ops.ntk_gram.activations import N_CONSTANTS, Options
 from pykernels.ops.ntk_gram.reference import Problem
 
@@ -40,9 +40,16 @@ library.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 
+# What the scales take of the results of ntk_witness, which torch.compile would not trace.
+library.define(
+    "ntk_witness_scales(Tensor x, Tensor weight_std, Tensor bias_std, Tensor gradients, Tensor rows, "
+    f"{_NETWORK.removesuffix(', str backend')}) -> (Tensor, Tensor)"
+)
+
 gram_op = torch.ops.pykernels.ntk_gram.default
 matvec_op = torch.ops.pykernels.ntk_matvec.default
 witness_op = torch.ops.pykernels.ntk_witness.default
+scales_op = torch.ops.pykernels.ntk_witness_scales.default
 
 _N_POINTS = len(Problem._fields)
 _N_OPTIONS = len(Options._fields)
@@ -156,10 +163,32 @@ def _witness_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return new(values), new(gradients), new(rows if args[-1] else 0)
 
 
-def arguments(problem: Problem, extra: Sequence[Any], options: Options, backend: str) -> tuple[Any, ...]:
-    return *problem, *extra, *options, backend
+def scale_gradients(
+    x: Tensor, weight_std: Tensor, bias_std: Tensor, gradients: Tensor, rows: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scales, from those of the points' vectors and of their row parameters: sums over the points."""
+    network = Options(*options)
+    leaves = weight_std.detach().requires_grad_(), bias_std.detach().requires_grad_()
+    with torch.enable_grad():
+        augmented = reference.augment(x.detach(), *leaves)
+        q = reference.normalized(augmented.detach())[1]
+        parameters = reference.primary(reference.rows(q, *leaves, network), network)
+        total = (augmented * gradients.double()).sum() + (parameters * rows.double()).sum()
+        found = torch.autograd.grad(total, leaves, materialize_grads=True)
+    return found[0], found[1]
+
+
+def _scales(*args: Any) -> tuple[Tensor, Tensor]:
+    """In another thread: in an operator, torch's dispatcher keeps autograd from recording in this one."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(scale_gradients, *args).result()
+
+
+def _scales_fake(x: Tensor, weight_std: Tensor, bias_std: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight_std), torch.empty_like(bias_std)
 
 
 implement(gram_op, _gram, _gram_fake, devices=("CPU", "CUDA"), cost=cost.gram)
 implement(matvec_op, _matvec, _matvec_fake, devices=("CPU", "CUDA"), cost=cost.matvec)
+implement(scales_op, _scales, _scales_fake, devices=("CPU", "CUDA"))
 implement(witness_op, _witness, _witness_fake, devices=("CPU", "CUDA"), cost=cost.witness)
