@@ -29,6 +29,10 @@ STYLES = {
     "separable einsum": ("#6d5a8d", "^", 44),
     "warp-lang": ("#9c2f3f", "P", 46),
     "pykeops": ("#8a6d3b", "X", 46),
+    "neural-tangents": ("#9c2f3f", "P", 46),
+    "compiled, some rows at a time": ("#6d5a8d", "v", 44),
+    "torch.func Jacobians": ("#7a8b2f", "D", 34),
+    "GEMM alone": ("0.6", "|", 60),
 }
 #: Above this ratio of the slowest to pykernels the times are drawn on a logarithmic axis.
 LOGARITHMIC_FROM = 8.0
