@@ -265,4 +265,6 @@ class Witness(torch.autograd.Function):
                 return reference.witness(Problem(*t[:_N_POINTS]), t[_N_POINTS], options)
 
             found = differentiable_gradients(compute, (values, gradients), (*problem, a), needed)
+            if not _by_reference(values, gradients):  # nobody asked for their derivatives
+                found = [None if g is None else g.detach() for g in found]
         return *found, *((None,) * _N_REST)
