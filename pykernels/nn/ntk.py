@@ -36,7 +36,7 @@ class NTK(nn.Module):
     is ``weight_std=2**0.5``, LeCun's 1.
 
     Points that nearly coincide keep their digits: angles are carried as such, and small ones come from the points'
-    difference. Gradients are finite everywhere; at two equal points they are half of those of ``k(x, x)``.
+    difference. Gradients are finite there too; at two equal points they are half of those of ``k(x, x)``.
 
     Args:
         depth: hidden layers, each followed by an activation; 0 is the linear kernel.

@@ -61,6 +61,7 @@ def values(loss, points=POINTS, n_fake=40, **options):
 def test_eight_gaussians():
     data = eight_gaussians(4000, seed=3)
     assert data.fake.shape == data.real.shape == (4000, 2)
+    # 3.5 standard errors or more of means and covariances of 4000 points
     np.testing.assert_allclose(data.fake.mean(0), 0, atol=0.06)
     np.testing.assert_allclose(np.cov(data.fake.T), np.eye(2), atol=0.08)
     angles = 2 * math.pi * np.arange(8) / 8
@@ -82,6 +83,7 @@ def test_images_are_densities(tmp_path):
     data = image_densities(image, flat, 2000, seed=1)
     upper = data.fake[:, 0] < 0
     assert upper.mean() == pytest.approx(0.25, abs=0.03)
+    # three standard errors or more for about 500 points
     np.testing.assert_allclose(data.fake[upper].mean(0), [-1, 1], atol=0.06)
     np.testing.assert_allclose(data.fake[~upper].mean(0), [1, -1], atol=0.06)
     np.testing.assert_allclose((data.fake[upper]).std(0), [1 / 5, 1 / 3], rtol=0.1)

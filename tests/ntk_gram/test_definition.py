@@ -181,6 +181,7 @@ def test_facts_of_relu_networks(backend):
     kernel = network.gram(x, y, backend=backend)
     torch.testing.assert_close(network.gram(2.5 * x, y, backend=backend), 2.5 * kernel, rtol=1e-13, atol=1e-14)
     zero = torch.zeros(1, 3, dtype=torch.float64)
+    # no bias counts as 1e-18
     assert network.gram(zero, y, backend=backend).abs().max() < 1e-17
     rotation = torch.linalg.qr(normal(3, 3, seed=7))[0]
     torch.testing.assert_close(
