@@ -125,8 +125,10 @@ Network<T> network_of(const NtkProblem<T>& p, Arena& arena, bool fill) {
             keeps_f = keeps_f || keeps;
             rounded = rounded || from.activation > NtkActivation::leaky_relu;
         }
-        layers[l] = {branches + first,      count, number++, primary++, folded, stable, keeps_f, rounded,
-                     all_relu && count == 1};
+        Simple simple = Simple::no;
+        if (count == 1 && all_relu) simple = Simple::relu;
+        if (count == 1 && !stable && given.branches[first].activation == NtkActivation::erf) simple = Simple::erf;
+        layers[l] = {branches + first, count, number++, primary++, folded, stable, keeps_f, rounded, simple};
         folded = all_relu;
         first += count;
     }

@@ -145,6 +145,8 @@ struct Branch {
     bool keeps_f;  // its f is to be trusted when small
 };
 
+enum class Simple { no, relu, erf };
+
 template <class T>
 struct Layer {
     const Branch<T>* branches;
@@ -153,7 +155,7 @@ struct Layer {
     bool stable;              // a later layer is not smooth: small e have to be right
     bool keeps_f;             // some branch does
     bool rounded;             // e may leave [0, 1] by rounding
-    bool one_relu;            // is its only branch
+    Simple simple;            // with one branch, that stays in registers
 };
 
 template <class T>
@@ -563,6 +565,30 @@ PK_INLINE void relu_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U
     }
 }
 
+// The same for one branch of erf, none of whose small f are needed later.
+template <class T, int U, bool derivatives>
+PK_INLINE void erf_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
+    const Vec<T> zero(T(0)), one(T(1)), quarter(T(0.25)), two(T(2));
+    const int number = layer.branches[0].number;
+    Made<T, U> made;
+    error_function<T, U, derivatives>(number, false, n, state.e, state.f, made);
+    PK_EACH_VECTOR {
+        const Vec<T> cx = n.x(number), cy = n.y(number, u), both = cx * cy, apart = cx - cy;
+        const Vec<T> bias_apart = n.x(layer.s) - n.y(layer.s, u);
+        const Vec<T> e = both * made.e[u] + quarter * (apart * apart + bias_apart * bias_apart);
+        state.e[u] = least(greatest(zero, e), one);
+        state.f[u] = one - state.e[u];
+        state.tangent[u] = (one - two * state.e[u]) + state.tangent[u] * (both * made.d[u]);
+        if constexpr (derivatives) {
+            kept[5 * u] = made.e[u];
+            kept[5 * u + 1] = made.d[u];
+            kept[5 * u + 2] = made.d_e[u];
+            kept[5 * u + 3] = made.e_q[u];
+            kept[5 * u + 4] = made.d_q[u];
+        }
+    }
+}
+
 // From e and f of pairs to those of the last layer, and T.
 template <class T, int U, bool derivatives>
 PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
@@ -573,7 +599,9 @@ PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, St
             PK_EACH_VECTOR kept[u] = state.tangent[u];
             kept += Kept<T, U>::per_layer;
         }
-        if (!layer.one_relu) {
+        if (layer.simple == Simple::erf) {
+            erf_layer<T, U, derivatives>(layer, n, state, kept);
+        } else if (layer.simple == Simple::no) {
             State<T, U> copy = state;  // whose address may be known
             general_layer<T, U, derivatives>(layer, n, copy, kept);
             state = copy;
