@@ -12,6 +12,8 @@ namespace {
 
 // Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 constexpr double near_pairs = 0.02;
+// Rounding that smooth layers, whose slopes may be above 1, amplify when more of them than this are left.
+constexpr int steady_layers = 3;
 // With so few features and the bias, all of them do.
 constexpr Index direct_features = 8;
 // Products of more features than this are added up in parts, for the sake of their rounding.
@@ -101,7 +103,7 @@ Network<T> network_of(const NtkProblem<T>& p, Arena& arena, bool fill) {
     bool folded = false;
     for (int l = 0; l < given.depth; ++l) {
         const int count = static_cast<int>(given.counts[l]);
-        bool all_relu = true, stable = false, keeps_f = false, rounded = false;
+        bool all_relu = true, stable = given.depth - l > steady_layers, keeps_f = false, rounded = false;
         for (int i = first + count; i < total; ++i)
             stable = stable || given.branches[i].activation == NtkActivation::relu ||
                      given.branches[i].activation == NtkActivation::leaky_relu;
@@ -703,16 +705,14 @@ void witness_row(const Witness<T>& s, const WitnessMemory<T>& memory, Index b, I
                 along[u] = half * of_e[u];
                 sign[u] = select_le(e[u], f[u], one, zero - one);
                 const Vec<T> own = of_e[u] * small;
-                of_unit = of_unit +
-                          (direct ? own : select_le(bound, least(e[u], f[u]), along[u] * (f[u] - e[u]), own));
+                of_unit = of_unit + (direct ? own : select_le(bound, least(e[u], f[u]), along[u] * (f[u] - e[u]), own));
             }
             sums[primaries] = of_unit;
             if constexpr (direct) {
                 for (Index k = 0; k < features; ++k) {
                     const Vec<T> xk(x[k]);
                     Vec<T> sum = sums[primaries + 1 + k];
-                    PK_EACH_VECTOR sum =
-                        sum + along[u] * (sign[u] * xk - Vec<T>::load(y + k * width + u * lanes));
+                    PK_EACH_VECTOR sum = sum + along[u] * (sign[u] * xk - Vec<T>::load(y + k * width + u * lanes));
                     sums[primaries + 1 + k] = sum;
                 }
             } else {

@@ -112,8 +112,13 @@ template <bool>
 PK_INLINE Angle<double> angle_of(Vec<double> h, Vec<double> t) {
     constexpr double above[] = {0.062754394608348661053, 1.0715010112732779799, 4.4396941429607632791,
                                 6.9090981682770029261,   4.447587121229490172,  0.99999999999999993018};
-    constexpr double below[] = {0.033558390466201442452, 0.89347812625854737946, 5.2838372581640413563,
-                                11.918059047334432401,   12.193080907967477808,  5.7208266659645910353, 1.0};
+    constexpr double below[] = {0.033558390466201442452,
+                                0.89347812625854737946,
+                                5.2838372581640413563,
+                                11.918059047334432401,
+                                12.193080907967477808,
+                                5.7208266659645910353,
+                                1.0};
     const Vec<double> divisor = polynomial(below, t), square = h - h * h, inverse_pi(0.318309886183790671538);
     const Vec<double> both = inverse_root(square * divisor * divisor), inverse = both * divisor;
     const Vec<double> angle = square * both * polynomial(above, t);
@@ -152,7 +157,7 @@ struct Layer {
     const Branch<T>* branches;
     int count, s, primary_s;  // branches; where the numbers of the bias are
     bool folded;              // e <= 1/2 comes in
-    bool stable;              // a later layer is not smooth: small e have to be right
+    bool stable;              // a later layer is not smooth, or many are left: small e have to be right
     bool keeps_f;             // some branch does
     bool rounded;             // e may leave [0, 1] by rounding
     Simple simple;            // with one branch, that stays in registers
@@ -293,8 +298,8 @@ PK_INLINE void error_function(int at, bool stable, const Numbers<T>& n, const Pa
             const Vec<T> sign = select_le(e[u], f[u], one, zero - one);
             // By log q: 2 eta_xy - eta_xx, as a difference of squares since it is small for near pairs.
             const Vec<T> other = ly * tangent, root = square_root(complement), own_root = square_root(bx * (two - bx));
-            const Vec<T> eta_q = (difference + two * ly * low[u]) * (lx + other) /
-                                 ((lx * root + other * own_root) * (root * own_root));
+            const Vec<T> eta_q =
+                (difference + two * ly * low[u]) * (lx + other) / ((lx * root + other * own_root) * (root * own_root));
             const Vec<T> distance_q = Vec<T>(T(0.636619772367581343076)) * bx * lx * eta_q;
             made.e_q[u] =
                 sign * (slope * made_low[u] + quarter * norms * (distance_q + two * slope * norm * apart_in_norm));
@@ -468,9 +473,7 @@ PK_INLINE void make(const Branch<T>& branch, const Layer<T>& layer, const Number
                 piecewise_linear<T, U, derivatives, false, true>(branch, e, f, made);
             break;
         case NtkActivation::leaky_relu: piecewise_linear<T, U, derivatives, false, false>(branch, e, f, made); break;
-        case NtkActivation::erf:
-            error_function<T, U, derivatives>(branch.number, layer.stable, n, e, f, made);
-            break;
+        case NtkActivation::erf: error_function<T, U, derivatives>(branch.number, layer.stable, n, e, f, made); break;
         case NtkActivation::gelu: gaussian_error_unit<T, U, derivatives>(branch, layer.stable, n, e, f, made); break;
         case NtkActivation::sin: sine<T, U, derivatives>(branch, n, e, f, made); break;
         case NtkActivation::rbf: radial<T, U, derivatives>(branch, n, e, made); break;
