@@ -147,10 +147,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("network", NETWORKS, ids=ids(NETWORKS))
 def test_networks(network, capability, poisoned):
-    for kind in ("ntk", "nngp"):
-        for m in (None, 21):
-            check_float64(network, Points.of(19, m, 3), kind)
-            check_float64(network, Points.of(18, m, 20), kind)
+    """Every two of: a kind, one set or two, few dimensions or many."""
+    for kind, n, m, d in (("ntk", 19, None, 3), ("ntk", 18, 21, 20), ("nngp", 19, 21, 3), ("nngp", 18, None, 20)):
+        check_float64(network, Points.of(n, m, d), kind)
 
 
 def test_shapes(capability, poisoned):
