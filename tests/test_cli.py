@@ -14,6 +14,8 @@ import pykernels
 from pykernels.backends import OPERATORS, Answer, Check, Implementation, Operator
 from pykernels.cli import main
 
+from .command_line import refused, without
+
 QUICK = ["--steps", "2", "--quiet"]
 
 
@@ -175,20 +177,6 @@ def test_progress_goes_to_stderr(capsys):
     assert json.loads(captured.out)["n_negatives"] == [5]
 
 
-def refused(capsys, arguments):
-    """The one line that the command prints before it exits with status 2."""
-    try:
-        status = main(arguments)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("pykernels")
-    return captured.err
-
-
 BAD_ARGUMENTS = [
     ([], r"arguments are required: COMMAND"),
     (["fly"], r"invalid choice: 'fly'"),
@@ -279,9 +267,7 @@ def test_device_that_is_not_there(monkeypatch, capsys):
 def test_missing_extra(module, arguments, extra, monkeypatch, capsys):
     if module != "sklearn":
         needs("sklearn")
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
+    without(monkeypatch, module)
     error = refused(capsys, arguments)
     assert f"run pip install '.[{extra}]'" in error
     assert "pip install " + "pykernels" not in error

@@ -1,13 +1,7 @@
 """``pykernels train | reproduce | table advection-diffusion`` and ``forecast``: what they leave, and how they go on."""
 
-import csv
-import itertools
 import json
-import os
 import re
-import signal
-import sys
-import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +23,8 @@ from pykernels.models.advection_diffusion import (
 )
 from pykernels.models.advection_diffusion_protocols import forecast_scores, simulated_ocean
 
+from .command_line import interrupt, names, refused, rows, without
+
 STEPS = 4
 SIZES = ["--sequences", "4", "--tests", "2", "--size", "16", "--speed", "1", "--steps", str(STEPS), "--quiet"]
 TRAIN = ["--batch-size", "3", "--validate-every", "2", "--learning-rate", "0.005"]
@@ -44,28 +40,6 @@ def _one_thread():
 
 def arguments(command, out=None, *options):
     return [command, "advection-diffusion", *SIZES, *TRAIN, *(["--out", str(out)] if out else []), *options]
-
-
-def rows(path):
-    """The metrics without the times."""
-    with (path / "metrics.csv").open() as file:
-        return [row[:-1] for row in csv.reader(file)]
-
-
-def names(path):
-    return sorted(file.name for file in path.iterdir())
-
-
-def refused(capsys, command):
-    try:
-        status = main(command)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def without_times(result):
@@ -219,16 +193,7 @@ def test_table(whole, capsys, tmp_path):
 @pytest.mark.parametrize("steps", [(1,), (STEPS + 1, 2 * STEPS + 2, 4 * STEPS)])
 def test_an_interrupted_run_goes_on_bit_for_bit(steps, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
-    count = itertools.count(1)
-    step = AdvectionDiffusionTraining.step
-
-    def stepping(training):
-        if next(count) in steps:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0)  # the handler runs now
-        return step(training)
-
-    monkeypatch.setattr(AdvectionDiffusionTraining, "step", stepping)
+    interrupt(monkeypatch, AdvectionDiffusionTraining, steps)
     command = several(out)
     for done in steps:
         with blank_pictures():
@@ -279,10 +244,7 @@ def test_bad_arguments_are_named(options, message, capsys):
 
 
 def test_scikit_learn_and_matplotlib_are_not_needed(tmp_path, monkeypatch, capsys):
-    for module in ("sklearn", "matplotlib"):
-        for name in [name for name in sys.modules if name.split(".")[0] == module]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, module, None)
+    without(monkeypatch, "sklearn", "matplotlib")
     assert main(arguments("train", tmp_path / "run")) == 0
     error = capsys.readouterr().err
     assert "the run goes without forecast.png" in error

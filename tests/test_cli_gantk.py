@@ -1,12 +1,8 @@
 """``pykernels train | reproduce | table gantk``: what runs leave, and that interrupted ones go on bit for bit."""
 
-import csv
-import itertools
 import json
-import os
 import re
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -22,6 +18,8 @@ from pykernels.cli import main
 from pykernels.data import eight_gaussians
 from pykernels.models import _gantk_picture, gantk, gantk_protocols
 from pykernels.models.gantk import Generator, InfiniteDiscriminator, ParticleDescent, descend, load_particles
+
+from .command_line import interrupt, names, refused, rows, without
 
 SIZES = ["--points", "20", "--quiet"]
 STEPS = 6
@@ -43,28 +41,6 @@ def _quick():
 def reproduce(out=None, *options):
     steps = ["--iterations", str(STEPS), "--step", "40", "--evaluate-every", "2"]
     return ["reproduce", "gantk", *SIZES, *steps, *(["--out", str(out)] if out else []), *options]
-
-
-def rows(path):
-    """The metrics without the times."""
-    with (path / "metrics.csv").open() as file:
-        return [row[:-1] for row in csv.reader(file)]
-
-
-def names(path):
-    return sorted(file.name for file in path.iterdir())
-
-
-def refused(capsys, command):
-    try:
-        status = main(command)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_reproduce_fills_a_run_folder(tmp_path, capsys):
@@ -166,28 +142,13 @@ def test_train_leaves_a_generator(tmp_path, capsys):
     assert "the following arguments are required: --out" in refused(capsys, command)
 
 
-class Signals:
-    """Sends a signal to this process during the steps with these numbers."""
-
-    def __init__(self, monkeypatch, numbers):
-        count = itertools.count(1)
-        step = ParticleDescent.step
-
-        def stepping(descent):
-            if next(count) in numbers:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(descent)
-
-        monkeypatch.setattr(ParticleDescent, "step", stepping)
-
-
 @pytest.mark.parametrize("options", [(), ("--width", "8", "--reset")])
 def test_an_interrupted_run_goes_on_bit_for_bit(options, tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "a run"
     assert main(reproduce(whole, "--seeds", "2", *options)) == 0
     for picture in ("descent_picture", "descent_animation"):
         monkeypatch.setattr(_gantk_picture, picture, lambda *args, **options: b"drawn elsewhere")
-    Signals(monkeypatch, (2, STEPS + 2))
+    interrupt(monkeypatch, ParticleDescent, (2, STEPS + 2), signal.SIGTERM)
     command = reproduce(out, "--seeds", "2", *options)
     for step in (2, STEPS + 2):
         capsys.readouterr()
@@ -248,10 +209,7 @@ def test_backend_that_cannot_run_here(monkeypatch, capsys):
 def test_geomloss_and_matplotlib_are_not_needed(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setattr(gantk_protocols, "sinkhorn_divergence", gantk.sinkhorn_divergence)
-    for module in ("geomloss", "matplotlib"):
-        for name in [name for name in sys.modules if name.split(".")[0] == module]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, module, None)
+    without(monkeypatch, "geomloss", "matplotlib")
     assert main([option for option in reproduce(tmp_path / "run") if option != "--quiet"]) == 0
     captured = capsys.readouterr()
     assert "the run goes without descent.png" in captured.err

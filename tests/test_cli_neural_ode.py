@@ -1,9 +1,6 @@
 """``pykernels train | reproduce | table neural-ode``: what runs leave, and that interrupted ones go on bit for bit."""
 
-import csv
-import itertools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -24,6 +21,8 @@ from pykernels.data import damped_pendulum, pendulum
 from pykernels.models import _checkpoint
 from pykernels.models.neural_ode import NeuralODE, NeuralODETraining, log_mse, train_neural_ode
 
+from .command_line import Crash, crash, interrupt, names, refused, rows, without
+
 STEPS = 4
 SIZES = ["--hidden", "9", "--trajectories", "3", "--steps", str(STEPS), "--quiet"]
 
@@ -42,28 +41,6 @@ def _quick():
 
 def arguments(command, out=None, *options):
     return [command, "neural-ode", *SIZES, *(["--out", str(out)] if out else []), *options]
-
-
-def rows(path):
-    """The metrics without the times."""
-    with (path / "metrics.csv").open() as file:
-        return [row[:-1] for row in csv.reader(file)]
-
-
-def names(path):
-    return sorted(file.name for file in path.iterdir())
-
-
-def refused(capsys, command):
-    try:
-        status = main(command)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_train_fills_a_run_folder(tmp_path, capsys):
@@ -144,22 +121,6 @@ def test_table(tmp_path, capsys):
     assert "has no result.json" in refused(capsys, ["table", "neural-ode", str(tmp_path)])
 
 
-class Signals:
-    """Sends a signal to this process during the training steps with these numbers."""
-
-    def __init__(self, monkeypatch, numbers, sent=signal.SIGINT):
-        count = itertools.count(1)
-        step = NeuralODETraining.step
-
-        def stepping(training):
-            if next(count) in numbers:
-                os.kill(os.getpid(), sent)
-                time.sleep(0)  # the handler runs now
-            return step(training)
-
-        monkeypatch.setattr(NeuralODETraining, "step", stepping)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run of two seeds that was not interrupted."""
@@ -183,7 +144,7 @@ def same_runs(path, expected):
 @pytest.mark.parametrize("steps", [(1,), (STEPS,), (STEPS + 1,), (2, 3, 7), (2 * STEPS,)])
 def test_an_interrupted_run_goes_on_bit_for_bit(steps, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
-    Signals(monkeypatch, steps, signal.SIGTERM if len(steps) > 1 else signal.SIGINT)
+    interrupt(monkeypatch, NeuralODETraining, steps, signal.SIGTERM if len(steps) > 1 else signal.SIGINT)
     command = arguments("reproduce", out, "--seeds", "2")
     for step in steps:
         assert main(command) == 130
@@ -197,22 +158,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(steps, whole, tmp_path, monkeypa
     same_runs(out, whole)
 
 
-class Crash(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("step", "save_every"), [(2, "0"), (2, "60"), (STEPS + 2, "0"), (STEPS + 2, "60")])
 def test_a_crashed_run_goes_on_from_the_last_save(step, save_every, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    count = itertools.count(1)
-    original = NeuralODETraining.step
-
-    def stepping(training):
-        if next(count) == step:
-            raise Crash
-        return original(training)
-
-    monkeypatch.setattr(NeuralODETraining, "step", stepping)
+    crash(monkeypatch, NeuralODETraining, step)
     with pytest.raises(Crash):
         main(arguments("reproduce", out, "--seeds", "2", "--save-every", save_every))
     assert main(["reproduce", "neural-ode", "--resume", str(out), "--quiet"]) == 0
@@ -249,7 +198,7 @@ def test_resuming_a_finished_run_shows_its_result(whole, capsys):
 def test_what_cannot_be_resumed(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        Signals(patched, [2])
+        interrupt(patched, NeuralODETraining, [2])
         assert main(arguments("train", out)) == 130
     capsys.readouterr()
     resume = ["neural-ode", "--resume", str(out), "--quiet"]
@@ -298,10 +247,7 @@ def test_a_training_that_diverges_takes_one_line(tmp_path, capsys):
 
 
 def test_scikit_learn_and_matplotlib_are_not_needed(tmp_path, monkeypatch, capsys):
-    for module in ("sklearn", "matplotlib"):
-        for name in [name for name in sys.modules if name.split(".")[0] == module]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, module, None)
+    without(monkeypatch, "sklearn", "matplotlib")
     assert main(arguments("train", tmp_path / "run")) == 0
     assert "the run goes without pendulum.png" in capsys.readouterr().err
     assert names(tmp_path / "run") == ["config.json", "metrics.csv", "model.safetensors", "result.json"]

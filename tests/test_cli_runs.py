@@ -25,6 +25,8 @@ from pykernels.data import load
 from pykernels.models import _run, _usrl_checkpoint
 from pykernels.models.usrl import EncoderTraining, USRLClassifier, USRLTransformer
 
+from .command_line import Crash, crash, interrupt, names, refused, rows, without
+
 STEPS = 3
 
 
@@ -70,15 +72,9 @@ def arguments(folder):
     return make
 
 
-def rows(path):
-    """The metrics without the times."""
-    with (path / "metrics.csv").open() as file:
-        return [row[:-1] for row in csv.reader(file)]
-
-
 def same_runs(path, expected):
     """Assert that two runs have found the same, bit for bit."""
-    assert sorted(p.name for p in path.iterdir()) == sorted(p.name for p in expected.iterdir())
+    assert names(path) == names(expected)
     assert rows(path) == rows(expected)
     for file in expected.glob("model*.safetensors"):
         ours, theirs = (_usrl_checkpoint._checkpoint.load(p / file.name, "usrl.model") for p in (path, expected))
@@ -99,8 +95,7 @@ def test_train_fills_a_run_folder(arguments, folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "Mine: K=2, 3 steps of" in printed.out
     assert printed.err == ""
-    names = ["config.json", "loss.png", "metrics.csv", "model.safetensors", "result.json"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    assert names(out) == ["config.json", "loss.png", "metrics.csv", "model.safetensors", "result.json"]
     model = USRLTransformer.load(out / "model.safetensors")
     expected = USRLTransformer(2, n_steps=STEPS, random_state=3, dtype="float64").fit(load("Mine", folder).X_train)
     X = load("Mine", folder).X_test
@@ -132,7 +127,7 @@ def test_reproduce_fills_a_run_folder(arguments, folder, tmp_path, capsys):
         f"{stem}-seed{seed}.{suffix}" for stem, suffix in (("loss", "png"), ("model", "safetensors")) for seed in (0, 1)
     ]
     fixed = ["config.json", "features.png", "metrics.csv", "result.json"]
-    assert sorted(p.name for p in out.iterdir()) == sorted(files + fixed)
+    assert names(out) == sorted(files + fixed)
     data = load("Mine", folder)
     for run in result["runs"]:
         model = USRLClassifier.load(out / f"model-seed{run['seed']}.safetensors")
@@ -150,23 +145,6 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(curves, "losses_picture", lambda *args: b"picture")
 
 
-class Signals:
-    """Sends signals to this process during the training steps with these numbers."""
-
-    def __init__(self, monkeypatch, numbers, signals=(signal.SIGINT,)):
-        count = itertools.count(1)
-        step = EncoderTraining.step
-
-        def stepping(training):
-            if next(count) in numbers:
-                for number in signals:
-                    os.kill(os.getpid(), number)
-                    time.sleep(0)  # the handler runs now
-            return step(training)
-
-        monkeypatch.setattr(EncoderTraining, "step", stepping)
-
-
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """The folder of a run of two seeds with four encoders each, which was not interrupted."""
@@ -181,7 +159,7 @@ def whole(folder, tmp_path_factory):
 def test_an_interrupted_run_goes_on_bit_for_bit(steps, arguments, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
     number = signal.SIGTERM if len(steps) > 1 else signal.SIGINT
-    Signals(monkeypatch, steps, (number,))
+    interrupt(monkeypatch, EncoderTraining, steps, number)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     command = arguments("reproduce", out, "--combined", "--seeds", "2")
     for step in steps:
@@ -197,24 +175,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(steps, arguments, whole, tmp_pat
     same_runs(out, whole)
 
 
-class Crash(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("step", "save_every"), [(2, "0"), (2, "60"), (5, "0"), (14, "0"), (14, "60")])
 def test_a_crashed_run_goes_on_from_the_last_save(
     step, save_every, arguments, whole, no_pictures, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
-    count = itertools.count(1)
-    original = EncoderTraining.step
-
-    def stepping(training):
-        if next(count) == step:
-            raise Crash
-        return original(training)
-
-    monkeypatch.setattr(EncoderTraining, "step", stepping)
+    crash(monkeypatch, EncoderTraining, step)
     with pytest.raises(Crash):
         main(arguments("reproduce", out, "--combined", "--seeds", "2", "--save-every", save_every))
     assert (out / _run.TRAINING).exists() == (step > 12 or save_every == "0")
@@ -246,7 +212,7 @@ def test_interrupted_outside_the_training(where, arguments, whole, tmp_path, mon
 
 def test_the_second_signal_stops_at_once(arguments, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
-    Signals(monkeypatch, [2], (signal.SIGINT, signal.SIGINT))
+    interrupt(monkeypatch, EncoderTraining, [2], signal.SIGINT, signal.SIGINT)
     assert main(arguments("train", out)) == 130
     error = capfd.readouterr().err
     assert "finishing this step and saving; interrupt again to stop at once" in error
@@ -257,7 +223,7 @@ def test_the_second_signal_stops_at_once(arguments, tmp_path, monkeypatch, capfd
 
 
 def test_without_a_folder_the_first_signal_stops_at_once(arguments, monkeypatch, capfd):
-    Signals(monkeypatch, [2])
+    interrupt(monkeypatch, EncoderTraining, [2])
     assert main(arguments("reproduce", None)) == 130
     assert capfd.readouterr().err == "pykernels: interrupted\n"
 
@@ -284,24 +250,12 @@ def test_a_process_that_is_interrupted(arguments, tmp_path):
     assert saved.values["metrics"] == (out / "metrics.csv").stat().st_size
 
 
-def refused(capsys, arguments):
-    try:
-        status = main(arguments)
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 @pytest.fixture
 def interrupted(arguments, tmp_path, monkeypatch, capsys):
     """The folder of an interrupted run of ``train``."""
     out = tmp_path / "interrupted"
     with monkeypatch.context() as patched:
-        Signals(patched, [2])
+        interrupt(patched, EncoderTraining, [2])
         assert main(arguments("train", out)) == 130
     capsys.readouterr()
     return out
@@ -354,9 +308,7 @@ def test_resuming_a_finished_run_shows_its_result(whole, capsys):
 
 
 def test_a_run_without_matplotlib_has_no_pictures(arguments, tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    without(monkeypatch, "matplotlib")
     assert main(arguments("reproduce", tmp_path / "run")) == 0
     assert "the run goes without features.png: a picture needs matplotlib" in capsys.readouterr().err
     assert list((tmp_path / "run").glob("*.png")) == []
@@ -474,10 +426,10 @@ def test_long_series(tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main([*command, "--out", str(whole)]) == 0
     assert re.search(r"^\| day \| features \| ", capsys.readouterr().out, re.M)
-    names = ["config.json", "days.png", "loss.png", "metrics.csv", "model.safetensors", "result.json"]
-    assert sorted(p.name for p in whole.iterdir()) == names
+    files = ["config.json", "days.png", "loss.png", "metrics.csv", "model.safetensors", "result.json"]
+    assert names(whole) == files
     with monkeypatch.context() as patched:
-        Signals(patched, [2])
+        interrupt(patched, EncoderTraining, [2])
         assert main([*command, "--out", str(out)]) == 130
     assert "pykernels reproduce usrl-long-series --resume" in capsys.readouterr().err
     resume = ["reproduce", "usrl-long-series", "--resume", str(out), "--quiet", "--json"]

@@ -292,6 +292,13 @@ def test_wide_networks_have_the_analytic_kernel():
     assert errors[1] < 0.5 * errors[0]  # the deviation falls as 1 / sqrt(width), by 4 here
 
 
+def negative_then_random():
+    """Random slopes matter for negative numbers only."""
+    module = nn.Sequential(nn.Linear(5, 2), nn.RReLU())
+    nn.init.constant_(module[0].bias, -1.0)
+    return module
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -334,7 +341,7 @@ def test_wide_networks_have_the_analytic_kernel():
             ValueError,
             r"module drops out at random in 1 \(Dropout\)",
         ),
-        ({"module": nn.Sequential(nn.Linear(5, 2), nn.RReLU())}, ValueError, "module draws random numbers"),
+        ({"module": negative_then_random()}, ValueError, "module draws random numbers"),
     ],
 )
 def test_errors(arguments, error, message):

@@ -65,14 +65,14 @@ def test_is_kernel_ridge_regression():
 
 
 def test_conjugate_gradients_of_more_cases_than_the_preconditioner_has(monkeypatch: pytest.MonkeyPatch):
-    X, y = data(800, 3, 2)
+    X, y = data(300, 3, 2)
     new = data(50, 3, seed=2)[0]
     expected = NTKRegressor(2, solver="cholesky", alpha=1e-3).fit(X, y)
     iterations = []
-    for landmarks in (500, 1):
+    for landmarks in (250, 1):
         monkeypatch.setattr(pykernels.sklearn, "LANDMARKS", landmarks)
         model = NTKRegressor(2, solver="cg", alpha=1e-3, tol=1e-8).fit(X, y)
-        np.testing.assert_allclose(model.predict(new), expected.predict(new), atol=1e-6)
+        np.testing.assert_allclose(model.predict(new), expected.predict(new), rtol=0, atol=2e-7)  # 4e-8 seen, by tol
         iterations.append(model.n_iter_)
     assert expected.n_iter_ == 1
     assert 1 < iterations[0] < iterations[1] / 5
