@@ -152,13 +152,14 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         return result
 
     def _kernel(self, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, diag: bool) -> Tensor:
-        network = (self.activations, weight, bias, self.kind)
+        network = ops.Network(self.activations, weight, bias)
+        options = (self.kind, "float32", self.backend)
         result: Tensor
         if diag and y is None:
-            result = ops.diag(x, *network)
+            result = ops.diag(x, network, *options)
         elif diag:
             assert y is not None
-            result = ops.gram(x.unsqueeze(-2), y.unsqueeze(-2), *network, "float32", self.backend).flatten(-3)
+            result = ops.gram(x.unsqueeze(-2), y.unsqueeze(-2), network, *options).flatten(-3)
         else:
-            result = ops.gram(x, y, *network, "float32", self.backend)
+            result = ops.gram(x, y, network, *options)
         return result
