@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pykernels._errors import InputError, MissingExtraError
+from pykernels._errors import InputError, MissingExtraError, users_line
 from pykernels.nn.ntk import NTK
 
 try:
@@ -319,7 +319,7 @@ def _conjugate_gradients(
             f"conjugate gradients did not converge in max_iter={max_iter} iterations: the residual is {left:.1e} of "
             f"the targets, above tol={tol:.1e}; increase max_iter, tol or alpha",
             ConvergenceWarning,
-            stacklevel=4,
+            users_line(),
         )
     return dual, max_iter
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import pykernels
+from pykernels._errors import require
 from pykernels.backends import BACKENDS
 from pykernels.cli._gantk import add_data, add_discriminator, check_data, clouds
 from pykernels.cli._info import cpu_name
@@ -61,6 +62,7 @@ class _Job(Job):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args, needs_out=True)
+        require("scipy.optimize", "scipy", "gantk", "the exact distance")
         check_data(self.settings)
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)

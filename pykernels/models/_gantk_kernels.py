@@ -82,7 +82,7 @@ class InfiniteDiscriminator:
         self.ntk, self.kind = _kernel(kernel, kind)
         self.loss = find_loss(loss)
         if not 0 < time < math.inf:
-            raise InputError(f"time must be positive, got {time!r}")
+            raise InputError(f"time must be positive and finite, got {time!r}")
         solver = self.loss.solvers[0] if solver is None else solver
         if solver not in self.loss.solvers:
             raise InputError(f"solver of {loss} must be one of {', '.join(self.loss.solvers)}; got {solver!r}")
@@ -145,6 +145,8 @@ def _kernel(kernel: str | NTK, kind: str) -> tuple[NTK, str]:
         return architecture.kernel(), architecture.kind
     if kind not in ("ntk", "nngp"):
         raise InputError(f"kind must be ntk or nngp, got {kind!r}")
+    if not isinstance(kernel, NTK):
+        raise InputError(f"kernel must be one of {', '.join(KERNELS)}, or a pykernels.NTK; got {kernel!r}")
     return kernel, kind
 
 

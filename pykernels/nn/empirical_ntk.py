@@ -165,15 +165,15 @@ def empirical_ntk_matvec(
     keep_graph = torch.is_grad_enabled() and (create_graph or any(t.requires_grad for t in (x, z, v)))
     # Of the kernels of attention only the plain one has forward mode.
     with torch.set_grad_enabled(keep_graph), sdpa_kernel(SDPBackend.MATH):
-        product = _VectorProduct(network, keep_graph, max_memory)
+        multiply = _VectorProduct(network, keep_graph, max_memory)
         if trace_outputs:
             result = torch.zeros(columns.shape[0], len(x), dtype=v.dtype, device=v.device)
             for output in range(outputs):
                 cotangents = F.pad(columns[..., None], (output, outputs - 1 - output))
-                result = result + product(x, z, cotangents)[..., output]
+                result = result + multiply(x, z, cotangents)[..., output]
             result = result / outputs
         else:
-            result = product(x, z, columns)
+            result = multiply(x, z, columns)
     return result.movedim(0, -1).reshape(len(x), *v.shape[1:])
 
 

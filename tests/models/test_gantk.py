@@ -124,8 +124,8 @@ def test_digits():
     ("call", "message"),
     [
         (lambda: eight_gaussians(0), "n_points must be at least 1, got 0"),
-        (lambda: eight_gaussians(std=-1), "std must not be negative, got -1"),
-        (lambda: eight_gaussians(radius=math.nan), "radius must not be negative, got nan"),
+        (lambda: eight_gaussians(std=-1), "std must be finite and not negative, got -1"),
+        (lambda: eight_gaussians(radius=math.nan), "radius must be finite and not negative, got nan"),
         (lambda: image_densities(np.ones(3), np.ones((2, 2))), r"source must have shape \(H, W\)"),
         (lambda: image_densities(np.ones((2, 2)), np.zeros((2, 2))), "target must have finite values"),
         (lambda: image_densities(np.full((2, 2), -1.0), np.ones((2, 2))), "source must have finite values"),
@@ -525,15 +525,15 @@ def test_a_descent_that_diverges_says_so():
     [
         (lambda: InfiniteDiscriminator("tanh"), "kernel must be one of relu, rbf"),
         (lambda: InfiniteDiscriminator(loss="wgan"), "loss must be one of ipm, lsgan"),
-        (lambda: InfiniteDiscriminator(time=0), "time must be positive, got 0"),
+        (lambda: InfiniteDiscriminator(time=0), "time must be positive and finite, got 0"),
         (lambda: InfiniteDiscriminator(solver="lanczos"), "solver of ipm must be one of closed, ode; got 'lanczos'"),
         (lambda: InfiniteDiscriminator(pykernels.NTK(1), kind="both"), "kind must be ntk or nngp, got 'both'"),
         (lambda: FiniteDiscriminator(2, "rbf"), "kernel 'rbf' is not that of a network that is trained"),
         (lambda: FiniteDiscriminator(2, width=0), "width must be at least 1, got 0"),
-        (lambda: FiniteDiscriminator(2, learning_rate=-1), "learning_rate must be positive, got -1"),
+        (lambda: FiniteDiscriminator(2, learning_rate=-1), "learning_rate must be positive and finite, got -1"),
         (lambda: FiniteDiscriminator(2, n_steps=0), "n_steps must be at least 1, got 0"),
         (lambda: short(InfiniteDiscriminator(), n_steps=0), "n_steps must be at least 1, got 0"),
-        (lambda: short(InfiniteDiscriminator(), step_size=math.inf), "step_size must be positive, got inf"),
+        (lambda: short(InfiniteDiscriminator(), step_size=math.inf), "step_size must be positive and finite, got inf"),
         (lambda: short(InfiniteDiscriminator(), dtype="float16"), "dtype must be one of float32, float64"),
         (
             lambda: short(InfiniteDiscriminator(), generator_gram=np.eye(3)),
@@ -624,6 +624,8 @@ def test_table():
         "loss": "ipm",
         "discriminator": "infinite",
         "kernel": "relu",
+        "generator": None,
+        "clouds": {"fake": 500},
         "n_steps": 20000,
         "step_size": 1e3,
     }
@@ -635,3 +637,6 @@ def test_table():
     other = descent_table([first, {**second, "loss": "hinge"}]).splitlines()
     assert other[2].endswith("| 1 | 1.00e-06 | 9.00e-07 | 2.00e-06 | 9.40e-07 ± 2.71e-07 |")
     assert other[3].endswith("| 1 | 2.00e-06 | 2.00e-06 |  |  |")
+    other = descent_table([first, {**second, "generator": "relu", "clouds": {"fake": 20}}]).splitlines()
+    assert other[3].startswith("| 8gaussians, 20 points | IPM | infinite | ReLU, generator ReLU | 20000 x 1000 | 1 |")
+    assert other[3].endswith("|  |  |")
