@@ -126,7 +126,11 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         raw = getattr(self, f"raw_{name}")
         if raw is None:
             raise InputError(f"{name} is 0 and no hyperparameter; begin with a positive one")
-        value = torch.as_tensor(value).to(raw).expand(raw.shape)
+        value = torch.as_tensor(value).to(raw)
+        fits = all(n in (1, m) for n, m in zip(value.shape[::-1], raw.shape[::-1], strict=False))
+        if value.dim() > raw.dim() or not fits:
+            raise InputError(f"{name} must be one number or have shape {tuple(raw.shape)}, got {tuple(value.shape)}")
+        value = value.expand(raw.shape)
         self.initialize(**{f"raw_{name}": getattr(self, f"raw_{name}_constraint").inverse_transform(value)})
 
     def forward(
