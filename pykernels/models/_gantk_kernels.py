@@ -97,6 +97,7 @@ class InfiniteDiscriminator:
         }
         self._loss_name = loss
 
+    @torch.no_grad()  # scales of the kernel may be parameters
     def train(self, points: Tensor, n_fake: int) -> None:
         """Train from zero on the first ``n_fake`` of these points (N + M, d) against the others.
 
@@ -119,8 +120,15 @@ class InfiniteDiscriminator:
             exact = gram if self.solver == "eigenvalues" else None
             self.weights = spectral_weights(self._loss_name, product, rho, gamma, self.time, gram=exact)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f(x) and its gradient, (N,) and (N, d), at points x (N, d)."""
+        """f(x) and its gradient, (N,) and (N, d), at points x (N, d).
+
+        Raises:
+            RuntimeError: before the first training.
+        """
+        if not hasattr(self, "weights"):
+            raise RuntimeError("this discriminator is not trained yet; call its train() first")
         return self.ntk.witness(x, self.points, self.weights, kind=self.kind, backend=self.backend)
 
     def _product(self, v: Tensor) -> Tensor:

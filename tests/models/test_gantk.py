@@ -529,6 +529,22 @@ def test_a_descent_that_diverges_says_so():
         (lambda: InfiniteDiscriminator(solver="lanczos"), "solver of ipm must be one of closed, ode; got 'lanczos'"),
         (lambda: InfiniteDiscriminator(pykernels.NTK(1), kind="both"), "kind must be ntk or nngp, got 'both'"),
         (lambda: FiniteDiscriminator(2, "rbf"), "kernel 'rbf' is not that of a network that is trained"),
+        (lambda: InfiniteDiscriminator(3), "kernel must be one of relu, rbf, .* or a pykernels.NTK; got 3"),
+        (
+            lambda: InfiniteDiscriminator().train(torch.zeros(3, 2), 3),
+            "there must be fake and real points, got 3 and 0",
+        ),
+        (
+            lambda: short(FiniteDiscriminator(3)),
+            "discriminator must be for points of 2 dim.*; got one for 3 dimensions",
+        ),
+        (lambda: short(FiniteDiscriminator(2), dtype="float32"), "dimensions, torch.float32, .* torch.float64, on cpu"),
+        (lambda: short(InfiniteDiscriminator()).field([0.0, 0.0]), r"points must have shape \(N, 2\), .*, got \(2,\)"),
+        (lambda: short(InfiniteDiscriminator()).field([[0.0, math.inf]]), "points contains infinity"),
+        (lambda: generator_gram(DATA.fake, "tanh"), "kernel must be one of relu, rbf"),
+        (lambda: generator_gram(DATA.fake[0]), r"inputs must have shape \(N, d\), N at least 1, got \(2,\)"),
+        (lambda: dirac_field(InfiniteDiscriminator(), n_points=1), "n_points must be at least 2, got 1"),
+        (lambda: adequacy(n_networks=0), "n_networks must be at least 1, got 0"),
         (lambda: FiniteDiscriminator(2, width=0), "width must be at least 1, got 0"),
         (lambda: FiniteDiscriminator(2, learning_rate=-1), "learning_rate must be positive and finite, got -1"),
         (lambda: FiniteDiscriminator(2, n_steps=0), "n_steps must be at least 1, got 0"),
@@ -547,6 +563,19 @@ def test_a_descent_that_diverges_says_so():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_discriminator_is_trained_before_it_is_asked():
+    with pytest.raises(RuntimeError, match="not trained yet"):
+        InfiniteDiscriminator()(torch.zeros(1, 2))
+
+
+def test_scales_that_can_be_learned_leave_no_history():
+    """Particles are moved in place: with a history every step would keep the ones before it."""
+    kernels = [pykernels.NTK(1, bias_std=1.0, learnable=learnable) for learnable in (False, True)]
+    fixed, learnable = (descend(short(InfiniteDiscriminator(kernel, "lsgan"), n_steps=3)) for kernel in kernels)
+    np.testing.assert_array_equal(learnable.particles, fixed.particles)
+    assert not learnable.discriminator.weights.requires_grad
 
 
 @pytest.mark.gpu

@@ -218,5 +218,7 @@ def test_a_missing_package_is_named(name: str, package: str, extra: str, monkeyp
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
 def test_cases_that_overflow(solver):
     X, y = data(10)
-    with pytest.raises(ValueError, match=r"^X is too large: the kernel of a case with itself is not finite in float32$"):
+    with pytest.raises(
+        ValueError, match=r"^X is too large: the kernel of a case with itself is not finite in float32$"
+    ):
         NTKRegressor(solver=solver, dtype="float32").fit(1e30 * X, y)
