@@ -338,7 +338,12 @@ def _sin(branch: Branch, e: Tensor, f: Tensor, x: BranchRows, y: BranchRows, sta
     u, v = torch.exp(-apart), torch.exp(-b / 2 * _apart(x, y, f))
     # px^2 + py^2 - 2 V, and V = px py exp(apart), which is exp(-b S / 2) where exp(apart) would overflow
     lost = (x.first - y.first).square() + 2 * v * torch.expm1(-apart)
-    kernel = -u / 2 * torch.expm1(-2 * b * x.root * y.root * (f - e)) if even == 1 else (u - even * v) / 2
+    if even == 1:  # an odd function of c, of the smaller of U and V, as exp(|c|) may overflow
+        c, a = f - e, 2 * b * x.root * y.root
+        alike = c >= 0
+        kernel = torch.where(alike, -u, v) / 2 * torch.expm1(-a * torch.where(alike, c, -c))
+    else:
+        kernel = (u - even * v) / 2
     from_distance = _from_distance(branch, -torch.expm1(-apart) - even / 2 * lost, x, y)
     return _of_both(_from_kernel(branch, kernel, x, y), from_distance, x, y), sign * b / 2 * (u + even * v)
 
