@@ -126,7 +126,11 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         raw = getattr(self, f"raw_{name}")
         if raw is None:
             raise InputError(f"{name} is 0 and no hyperparameter; begin with a positive one")
-        value = torch.as_tensor(value).to(raw).expand(raw.shape)
+        value = torch.as_tensor(value).to(raw)
+        fits = all(n in (1, m) for n, m in zip(value.shape[::-1], raw.shape[::-1], strict=False))
+        if value.dim() > raw.dim() or not fits:
+            raise InputError(f"{name} must be one number or have shape {tuple(raw.shape)}, got {tuple(value.shape)}")
+        value = value.expand(raw.shape)
         self.initialize(**{f"raw_{name}": getattr(self, f"raw_{name}_constraint").inverse_transform(value)})
 
     def forward(
@@ -152,13 +156,14 @@ class NTKKernel(Kernel):  # type: ignore[misc]
         return result
 
     def _kernel(self, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, diag: bool) -> Tensor:
-        network = (self.activations, weight, bias, self.kind)
+        network = ops.Network(self.activations, weight, bias)
+        options = (self.kind, "float32", self.backend)
         result: Tensor
         if diag and y is None:
-            result = ops.diag(x, *network)
+            result = ops.diag(x, network, *options)
         elif diag:
             assert y is not None
-            result = ops.gram(x.unsqueeze(-2), y.unsqueeze(-2), *network, "float32", self.backend).flatten(-3)
+            result = ops.gram(x.unsqueeze(-2), y.unsqueeze(-2), network, *options).flatten(-3)
         else:
-            result = ops.gram(x, y, *network, "float32", self.backend)
+            result = ops.gram(x, y, network, *options)
         return result

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pykernels._errors import InputError, MissingExtraError
+from pykernels._errors import InputError, MissingExtraError, users_line
 from pykernels.nn.ntk import NTK
 
 try:
@@ -63,7 +63,7 @@ class _Kernel:
     def __post_init__(self) -> None:
         if self.kind not in ("ntk", "nngp"):
             raise InputError(f"kind must be 'ntk' or 'nngp', got {self.kind!r}")
-        if self.dtype not in _DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise InputError(f"dtype must be {' or '.join(map(repr, _DTYPES))}, got {self.dtype!r}")
         self.network()
 
@@ -75,6 +75,10 @@ class _Kernel:
 
     def gram(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         result: Tensor = self.network().gram(x, y, kind=self.kind, backend=self.backend)
+        return result
+
+    def diag(self, x: Tensor) -> Tensor:
+        result: Tensor = self.network().diag(x, kind=self.kind)
         return result
 
     def matvec(self, x: Tensor, z: Tensor, v: Tensor) -> Tensor:
@@ -162,6 +166,8 @@ class _NTKEstimator(BaseEstimator):  # type: ignore[misc]
         kernel = self._kernel()
         _check_numbers(self)
         x, y = kernel.tensor(X), kernel.tensor(targets)
+        if not kernel.diag(x).isfinite().all():
+            raise InputError(f"X is too large: the kernel of a case with itself is not finite in {self.dtype}")
         mean = y.mean(0)
         solver = self.solver if self.solver != "auto" else "cholesky" if len(X) <= MOST_DENSE else "cg"
         if solver == "cholesky":
@@ -319,7 +325,7 @@ def _conjugate_gradients(
             f"conjugate gradients did not converge in max_iter={max_iter} iterations: the residual is {left:.1e} of "
             f"the targets, above tol={tol:.1e}; increase max_iter, tol or alpha",
             ConvergenceWarning,
-            stacklevel=4,
+            users_line(),
         )
     return dual, max_iter
 

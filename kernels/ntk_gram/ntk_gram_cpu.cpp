@@ -12,6 +12,8 @@ namespace {
 
 // Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 constexpr double near_pairs = 0.02;
+// Rounding that smooth layers, whose slopes may be above 1, amplify when more of them than this are left.
+constexpr int steady_layers = 3;
 // With so few features and the bias, all of them do.
 constexpr Index direct_features = 8;
 // Products of more features than this are added up in parts, for the sake of their rounding.
@@ -101,7 +103,7 @@ Network<T> network_of(const NtkProblem<T>& p, Arena& arena, bool fill) {
     bool folded = false;
     for (int l = 0; l < given.depth; ++l) {
         const int count = static_cast<int>(given.counts[l]);
-        bool all_relu = true, stable = false, keeps_f = false, rounded = false;
+        bool all_relu = true, stable = given.depth - l > steady_layers, keeps_f = false, rounded = false;
         for (int i = first + count; i < total; ++i)
             stable = stable || given.branches[i].activation == NtkActivation::relu ||
                      given.branches[i].activation == NtkActivation::leaky_relu;
@@ -125,8 +127,10 @@ Network<T> network_of(const NtkProblem<T>& p, Arena& arena, bool fill) {
             keeps_f = keeps_f || keeps;
             rounded = rounded || from.activation > NtkActivation::leaky_relu;
         }
-        layers[l] = {branches + first,      count, number++, primary++, folded, stable, keeps_f, rounded,
-                     all_relu && count == 1};
+        Simple simple = Simple::no;
+        if (count == 1 && all_relu) simple = Simple::relu;
+        if (count == 1 && !stable && given.branches[first].activation == NtkActivation::erf) simple = Simple::erf;
+        layers[l] = {branches + first, count, number++, primary++, folded, stable, keeps_f, rounded, simple};
         folded = all_relu;
         first += count;
     }
@@ -453,10 +457,10 @@ constexpr Index rows_of(Index features) { return features <= 64 ? 16 : 48; }
 
 template <class T>
 PK_INLINE double sum_of_lanes(Vec<T> x) {
-    T lane[Vec<T>::lanes];
-    x.store(lane);
+    T lane[folded_lanes<T>];
+    store_folded(lane, x);
     double sum = 0;
-    for (int i = 0; i < Vec<T>::lanes; ++i) sum += static_cast<double>(lane[i]);
+    for (const T value : lane) sum += static_cast<double>(value);
     return sum;
 }
 
@@ -643,12 +647,31 @@ void weights_of(const Witness<T>& s, Index b, Index first, Index rows, Index sta
     }
 }
 
+// The share of near pairs in the gradient: multiples of their differences, or sums.
+template <class T>
+__attribute__((noinline)) void add_near(const Witness<T>& s, const WitnessMemory<T>& memory, Index b, Index r,
+                                        const T* x, Index column, Vec<T> is_near, Vec<T> along, Vec<T> sign) {
+    constexpr int lanes = Vec<T>::lanes;
+    T near[lanes], amount[lanes], signs[lanes];
+    is_near.store(near);
+    along.store(amount);
+    sign.store(signs);
+    T* const out = memory.close + r * s.x.padded;
+    for (int lane = 0; lane < lanes; ++lane) {
+        if (near[lane] == 0 || amount[lane] == 0 || column + lane >= s.y.n) continue;
+        const T* const other = s.y.row(b, column + lane);
+        const Vec<T> a(amount[lane]), g(signs[lane]);
+        for (Index k = 0; k < s.x.padded; k += lanes)
+            (Vec<T>::load(out + k) + a * (g * Vec<T>::load(x + k) - Vec<T>::load(other + k))).store(out + k);
+    }
+}
+
 // A row and a strip. `direct`: the gradient is summed up here; else what it takes of u_y is left in `along`, for a product,
 // but for near pairs, whose difference is taken first.
 template <class T, bool direct>
 void witness_row(const Witness<T>& s, const WitnessMemory<T>& memory, Index b, Index i, Index start, Index panels,
                  Index r) {
-    constexpr int lanes = Vec<T>::lanes, U = pair_vectors_with_derivatives;
+    constexpr int lanes = Vec<T>::lanes, U = pair_vectors;
     constexpr Index width = panel_width<T>, strip = strip_width<T>;
     const Vec<T> half(T(0.5)), one(T(1)), two(T(2)), zero(T(0)), bound(static_cast<T>(near_pairs));
     const Index features = s.x.features;
@@ -674,37 +697,30 @@ void witness_row(const Witness<T>& s, const WitnessMemory<T>& memory, Index b, I
                 of_tangent[u] = s.network.ntk ? weight : zero;
             }
             layers_backward<T, U>(s.network, numbers, memory.kept, of_e, of_tangent, sums);
+            // Half of d/de times u_x - u_y and -e u_x, or the like with u_x + u_y and f: the smaller ones.
+            Pairs<T, U> along, sign;
+            Vec<T> of_unit = sums[primaries];
             PK_EACH_VECTOR {
-                // Half of d/de times u_x - u_y and -e u_x, or the like with u_x + u_y and f: the smaller ones.
-                const Vec<T> along = half * of_e[u], small = select_le(e[u], f[u], zero - e[u], f[u]);
-                const Vec<T> sign = select_le(e[u], f[u], one, zero - one);
-                if constexpr (direct) {
-                    sums[primaries] = sums[primaries] + of_e[u] * small;
-                    for (Index k = 0; k < features; ++k) {
-                        const Vec<T> apart = sign * Vec<T>(x[k]) - Vec<T>::load(y + k * width + u * lanes);
-                        sums[primaries + 1 + k] = sums[primaries + 1 + k] + along * apart;
-                    }
-                } else {
-                    const Vec<T> smallest = least(e[u], f[u]);
-                    const Vec<T> is_near = select_le(bound, smallest, zero, one);
-                    sums[primaries] =
-                        sums[primaries] + select_le(bound, smallest, along * (f[u] - e[u]), of_e[u] * small);
-                    select_le(bound, smallest, along, zero).store(memory.along + at + u * lanes);
-                    if (!any_greater(is_near, half)) continue;
-                    T near[lanes], amount[lanes], signs[lanes];
-                    is_near.store(near);
-                    along.store(amount);
-                    sign.store(signs);
-                    for (int lane = 0; lane < lanes; ++lane) {
-                        const Index column = (start + j) * width + (v + u) * lanes + lane;
-                        if (near[lane] == 0 || amount[lane] == 0 || column >= s.y.n) continue;
-                        const T* const other = s.y.row(b, column);
-                        T* const out = memory.close + r * s.x.padded;
-                        const Vec<T> a(amount[lane]), g(signs[lane]);
-                        for (Index k = 0; k < s.x.padded; k += lanes)
-                            (Vec<T>::load(out + k) + a * (g * Vec<T>::load(x + k) - Vec<T>::load(other + k)))
-                                .store(out + k);
-                    }
+                const Vec<T> small = select_le(e[u], f[u], zero - e[u], f[u]);
+                along[u] = half * of_e[u];
+                sign[u] = select_le(e[u], f[u], one, zero - one);
+                const Vec<T> own = of_e[u] * small;
+                of_unit = of_unit + (direct ? own : select_le(bound, least(e[u], f[u]), along[u] * (f[u] - e[u]), own));
+            }
+            sums[primaries] = of_unit;
+            if constexpr (direct) {
+                for (Index k = 0; k < features; ++k) {
+                    const Vec<T> xk(x[k]);
+                    Vec<T> sum = sums[primaries + 1 + k];
+                    PK_EACH_VECTOR sum = sum + along[u] * (sign[u] * xk - Vec<T>::load(y + k * width + u * lanes));
+                    sums[primaries + 1 + k] = sum;
+                }
+            } else {
+                PK_EACH_VECTOR {
+                    const Vec<T> smallest = least(e[u], f[u]), is_near = select_le(bound, smallest, zero, one);
+                    select_le(bound, smallest, along[u], zero).store(memory.along + at + u * lanes);
+                    if (any_greater(is_near, half))
+                        add_near(s, memory, b, r, x, (start + j) * width + (v + u) * lanes, is_near, along[u], sign[u]);
                 }
             }
         }
@@ -790,7 +806,7 @@ void witness(const NtkProblem<T>& p, const NtkWeights<T>& w, const NtkSums<T>& r
                                         arena.take<T>(rows * strip),
                                         arena.take<T>(rows * padded),
                                         arena.take<T>(rows * padded),
-                                        arena.take<Vec<T>>(Kept<T, pair_vectors_with_derivatives>::vectors(s.network)),
+                                        arena.take<Vec<T>>(Kept<T, pair_vectors>::vectors(s.network)),
                                         arena.take<Vec<T>>(primaries + 1 + s.x.features),
                                         arena.take<double>(rows * (primaries + 1 + padded)),
                                         arena.take<double>(s.network.numbers + primaries)};

@@ -5,8 +5,7 @@
 //   e' = sum of [c_x c_y e_phi(e) + (c_x - c_y)^2 / 4] + (s_x - s_y)^2 / 4
 //   T' = 1 - 2 e' + T sum of c_x c_y d_phi(e),        d_phi = d e_phi / d e
 //
-// The functions of theta are polynomials in h = min(e, f) <= 1/2, fitted to 2e-9 (float) and 2e-17 (double):
-// theta / pi = sqrt(h) P(h) and (sin theta - theta cos theta) / (2 pi) = h sqrt(h) Q(h), sin(theta/2)^2 = h.
+// theta is a function of h = min(e, f) = sin(theta/2)^2 <= 1/2, fitted to 3e-9 (float) and 3e-17 (double).
 #pragma once
 
 #include "common/arrays.hpp"
@@ -21,7 +20,6 @@ constexpr int pair_vectors = 4;
 #else
 constexpr int pair_vectors = 2;
 #endif
-constexpr int pair_vectors_with_derivatives = 2;
 
 template <class T, int U>
 struct Pairs {
@@ -31,36 +29,6 @@ struct Pairs {
 };
 
 #define PK_EACH_VECTOR _Pragma("GCC unroll 4") for (int u = 0; u < U; ++u)
-
-PK_INLINE Vec<float> angle_polynomial(Vec<float> h) {
-    constexpr double c[] = {0.07889059074639326,  -0.08653591558333587, 0.06837967391772018,
-                            -0.00447203720575348, 0.02280060672813509,  0.02806953147442645,
-                            0.04776404008758542,  0.10610296154815424,  0.63661977340082541};
-    return polynomial(c, h);
-}
-PK_INLINE Vec<double> angle_polynomial(Vec<double> h) {
-    constexpr double c[] = {
-        0.5662208944260333246,   -2.0877865303673013099,    3.6663225637470685988,    -3.9665464904622907633,
-        2.9559302419770829438,   -1.5861535479879888252,    0.64201895714719782208,   -0.18905172048286413828,
-        0.050126589820404836803, -0.0016588768467767272528, 0.0083980307022234217279, 0.0087875072969563448589,
-        0.011054447850039470548, 0.014242193055031809847,   0.01934175862706915692,   0.028420525309942301597,
-        0.047746482930127878602, 0.10610329539458619151,    0.63661977236758135049};
-    return polynomial(c, h);
-}
-PK_INLINE Vec<float> arc_polynomial(Vec<float> h) {
-    constexpr double c[] = {0.00675540749390805, -0.00253852864600999, 0.00534634199336196, 0.00597188237265467,
-                            0.01367169862539499, 0.04244036603316271,  0.42441318645567900};
-    return polynomial(c, h);
-}
-PK_INLINE Vec<double> arc_polynomial(Vec<double> h) {
-    constexpr double c[] = {0.01809204862814398856,    -0.061266884725374197285,  0.099807384840066809646,
-                            -0.099426203542101148236,  0.068307982739333167524,   -0.033103145696314055844,
-                            0.012480993944484557984,   -0.0028187280756465748301, 0.0012599636770943827966,
-                            0.00067259444384962753784, 0.0010572851002513978472,  0.0014720313762948230128,
-                            0.0021912143497088396402,  0.0035166792883403118994,  0.0063156723876256087967,
-                            0.013641852264515871267,   0.042441318157841103786,   0.42441318157838756024};
-    return polynomial(c, h);
-}
 
 template <class T>
 PK_INLINE Vec<T> square_root(Vec<T> x) {
@@ -78,6 +46,83 @@ PK_INLINE Vec<T> square_root(Vec<T> x) {
     for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = sqrt(x.v[i]);
 #endif
     return x;
+}
+
+// 1 / sqrt(x) of a positive number. Error below 2 ulp.
+template <class T>
+PK_INLINE Vec<T> inverse_root(Vec<T> x) {
+#if PK_VECTOR_BYTES == 64
+    // Newton's steps from an estimate that is right to 2^-14: a root and a quotient would take four times as long.
+    const Vec<T> half(T(0.5)), less = half * x;
+    Vec<T> y;
+    if constexpr (sizeof(T) == 4)
+        y.v = _mm512_rsqrt14_ps(x.v);
+    else
+        y.v = _mm512_rsqrt14_pd(x.v);
+    if constexpr (sizeof(T) == 8) y = y + y * (half - less * y * y);
+    return y + y * (half - less * y * y);
+#else
+    return Vec<T>(T(1)) / square_root(x);
+#endif
+}
+
+// asin(sqrt h) / sqrt h * 2 / pi, 0 <= h <= 1/2
+PK_INLINE Vec<float> angle_polynomial(Vec<float> h) {
+    constexpr double c[] = {0.07889059074639326,  -0.08653591558333587, 0.06837967391772018,
+                            -0.00447203720575348, 0.02280060672813509,  0.02806953147442645,
+                            0.04776404008758542,  0.10610296154815424,  0.63661977340082541};
+    return polynomial(c, h);
+}
+PK_INLINE Vec<double> angle_polynomial(Vec<double> h) {
+    constexpr double c[] = {
+        0.5662208944260333246,   -2.0877865303673013099,    3.6663225637470685988,    -3.9665464904622907633,
+        2.9559302419770829438,   -1.5861535479879888252,    0.64201895714719782208,   -0.18905172048286413828,
+        0.050126589820404836803, -0.0016588768467767272528, 0.0083980307022234217279, 0.0087875072969563448589,
+        0.011054447850039470548, 0.014242193055031809847,   0.01934175862706915692,   0.028420525309942301597,
+        0.047746482930127878602, 0.10610329539458619151,    0.63661977236758135049};
+    return polynomial(c, h);
+}
+
+// theta / pi, the bend (sin theta - theta cos theta) / (2 pi), and 2 / sin theta where derivatives are asked for, of h =
+// sin(theta/2)^2 > 0 and t = 1/2 - h. The bend as a difference is rounded to eps theta, so to eps in the angle.
+template <class T>
+struct Angle {
+    Vec<T> angle, bend, inverse;
+};
+template <bool derivatives>
+PK_INLINE Angle<float> angle_of(Vec<float> h, Vec<float> t) {
+    if constexpr (derivatives) {
+        constexpr double c[] = {4.3435784834995005,  -6.9716759681079188, 5.7979512388034315,  -2.2564710847311807,
+                                0.89789556956352719, 0.15007257384754727, 0.30155934607688077, 0.33897518936282586,
+                                0.42442650185118981, 0.63661967881438813};
+        const Vec<float> square = h - h * h, inverse = inverse_root(square), sine = square * inverse;
+        const Vec<float> angle = sine * polynomial(c, h);
+        return {angle, Vec<float>(0.318309886183790671538f) * sine - angle * t, inverse};
+    } else {
+        // As fast, and does not add up over many layers.
+        constexpr double of_bend[] = {0.00675540749390805, -0.00253852864600999, 0.00534634199336196,
+                                      0.00597188237265467, 0.01367169862539499,  0.04244036603316271,
+                                      0.42441318645567900};
+        const Vec<float> root = square_root(h);
+        return {root * angle_polynomial(h), h * root * polynomial(of_bend, h), {}};
+    }
+}
+// Of quotients of polynomials, whose division and root are one: 1 / (D sin theta).
+template <bool>
+PK_INLINE Angle<double> angle_of(Vec<double> h, Vec<double> t) {
+    constexpr double above[] = {0.062754394608348661053, 1.0715010112732779799, 4.4396941429607632791,
+                                6.9090981682770029261,   4.447587121229490172,  0.99999999999999993018};
+    constexpr double below[] = {0.033558390466201442452,
+                                0.89347812625854737946,
+                                5.2838372581640413563,
+                                11.918059047334432401,
+                                12.193080907967477808,
+                                5.7208266659645910353,
+                                1.0};
+    const Vec<double> divisor = polynomial(below, t), square = h - h * h, inverse_pi(0.318309886183790671538);
+    const Vec<double> both = inverse_root(square * divisor * divisor), inverse = both * divisor;
+    const Vec<double> angle = square * both * polynomial(above, t);
+    return {angle, inverse_pi * (square * inverse) - angle * t, inverse};
 }
 
 // asin(x) / pi, from `complement` = 1 - x^2 where that is the smaller one.
@@ -105,15 +150,17 @@ struct Branch {
     bool keeps_f;  // its f is to be trusted when small
 };
 
+enum class Simple { no, relu, erf };
+
 template <class T>
 struct Layer {
     const Branch<T>* branches;
     int count, s, primary_s;  // branches; where the numbers of the bias are
     bool folded;              // e <= 1/2 comes in
-    bool stable;              // a later layer is not smooth: small e have to be right
+    bool stable;              // a later layer is not smooth, or many are left: small e have to be right
     bool keeps_f;             // some branch does
     bool rounded;             // e may leave [0, 1] by rounding
-    bool one_relu;            // is its only branch
+    Simple simple;            // with one branch, that stays in registers
 };
 
 template <class T>
@@ -139,23 +186,21 @@ struct Made {
     Pairs<T, U> e, f, d, d_e, e_q, d_q;
 };
 
-// Where h is below the rounding of the points' unit vectors they count as coincident, or opposite, and the derivative by e,
-// which is infinite, as zero.
-template <class T>
-PK_INLINE Vec<T> inverse_root(Vec<T> h) {
-    const Vec<T> coincident(sizeof(T) == 4 ? T(1e-14) : T(1e-30)), one(T(1));
-    return select_le(h, coincident, Vec<T>(T(0)), one / square_root(h * (one - h)));
-}
-
 // max(z, 0) + s min(z, 0) as `part` of the identity and 1 - part of relu.
 template <class T, int U, bool derivatives, bool folded, bool relu>
 PK_INLINE void piecewise_linear(const Branch<T>& branch, const Pairs<T, U>& e, const Pairs<T, U>& f, Made<T, U>& made) {
-    const Vec<T> one(T(1)), half(T(0.5)), part(branch.part), rest(T(1) - branch.part);
+    const Vec<T> zero(T(0)), one(T(1)), half(T(0.5)), inverse_pi(T(0.318309886183790671538)), least_h(T(1e-36));
+    const Vec<T> part(branch.part), rest(T(1) - branch.part);
     PK_EACH_VECTOR {
-        const Vec<T> h = folded ? least(e[u], half) : least(e[u], f[u]);
-        const Vec<T> root = square_root(h);
-        const Vec<T> angle = root * angle_polynomial(h);
-        const Vec<T> bent = h - h * root * arc_polynomial(h);
+        const Vec<T> h = greatest(least_h, folded ? least(e[u], half) : least(e[u], f[u])), t = half - h;
+        const auto [angle, bend, inverse] = angle_of<derivatives>(h, t);
+        const Vec<T> bent = h - bend;
+        if constexpr (derivatives) {
+            // Nearer than the rounding of their unit vectors points count as coincident, or opposite, and the derivative,
+            // which is infinite, as zero.
+            const Vec<T> coincident(sizeof(T) == 4 ? T(1e-14) : T(1e-30));
+            made.d_e[u] = select_le(h, coincident, zero, (zero - inverse_pi) * inverse);
+        }
         if constexpr (folded && relu) {
             made.e[u] = bent;
             made.d[u] = one - angle;
@@ -165,13 +210,13 @@ PK_INLINE void piecewise_linear(const Branch<T>& branch, const Pairs<T, U>& e, c
         } else {
             made.e[u] = rest * bent + select_le(e[u], f[u], part * h, half * (one + part) - h);
             made.d[u] = part + rest * select_le(e[u], f[u], one - angle, angle);
-        }
-        if constexpr (derivatives) {
-            made.d_e[u] = Vec<T>(T(-0.318309886183790671538)) * inverse_root(h);
-            if constexpr (!relu) made.d_e[u] = rest * made.d_e[u];
+            if constexpr (derivatives) made.d_e[u] = rest * made.d_e[u];
         }
     }
 }
+
+// Pairs whose e_phi is below this have it from their distance.
+constexpr double near_by_distance = 0.05;
 
 // e_phi from the kernel, or of near pairs of like norms, where it would cancel, from the distance K(x, x) + K(y, y) -
 // 2 K(x, y). `norms` is the inverse product of the two, `apart` their difference.
@@ -180,56 +225,87 @@ PK_INLINE Vec<T> nearer(Vec<T> from_kernel, Vec<T> distance, Vec<T> norms, Vec<T
     const Vec<T> unlike = norms * apart * apart;
     const Vec<T> from_distance = Vec<T>(T(0.25)) * (norms * distance - unlike);
     const Vec<T> if_near = select_le(unlike, Vec<T>(T(1)), from_distance, from_kernel);
-    return select_le(Vec<T>(T(0.05)), from_kernel, from_kernel, if_near);
+    return select_le(Vec<T>(static_cast<T>(near_by_distance)), from_kernel, from_kernel, if_near);
+}
+
+// What error_function has of near pairs from their distance: of low, the smaller of e and f.
+template <class T, int U>
+__attribute__((noinline)) void error_function_near(int at, const Numbers<T>& n, const Pairs<T, U>& low,
+                                                   Pairs<T, U>& made_low) {
+    using N = NtkNumbers;
+    const Vec<T> one(T(1)), half(T(0.5)), quarter(T(0.25)), four(T(4)), tiny(T(1e-30));
+    const Vec<T> bx = n.x(at + N::q), lx = n.x(at + N::root);
+    PK_EACH_VECTOR {
+        const Vec<T> by = n.y(at + N::q, u), ly = n.y(at + N::root, u), difference = lx - ly;
+        const Vec<T> apart = quarter * difference * difference + lx * ly * low[u];
+        const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
+        const Vec<T> hx = half * bx, hy = half * by, other = one - h;
+        // (hy - hx) / 2; of small variances from the lengths
+        const Vec<T> own = quarter * select_le(bx + by, one, by - bx, difference * (lx + ly));
+        // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
+        const Vec<T> scale_x = square_root(h * (one - hx)) + square_root(hx * other);
+        const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
+        const Vec<T> distance = four * (arcsine((own + apart) / greatest(scale_x, tiny)) +
+                                        arcsine((apart - own) / greatest(scale_y, tiny)));
+        const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
+        made_low[u] = nearer(made_low[u], distance, norms, n.x(at + N::norm) - n.y(at + N::norm, u));
+    }
 }
 
 // K = 2/pi asin(X), X = l_x l_y (f - e), l^2 = 1 - b: an angle of vectors that have a part sqrt(b) each of its own. An odd
 // function of X: computed for the smaller of e and f.
 template <class T, int U, bool derivatives>
-PK_INLINE void error_function(const Branch<T>& branch, bool stable, const Numbers<T>& n, const Pairs<T, U>& e,
-                              const Pairs<T, U>& f, Made<T, U>& made) {
+PK_INLINE void error_function(int at, bool stable, const Numbers<T>& n, const Pairs<T, U>& e, const Pairs<T, U>& f,
+                              Made<T, U>& made) {
     using N = NtkNumbers;
-    const int at = branch.number;
     const Vec<T> one(T(1)), half(T(0.5)), quarter(T(0.25)), two(T(2)), four(T(4)), zero(T(0));
     const Vec<T> bx = n.x(at + N::q), lx = n.x(at + N::root);
+    Pairs<T, U> low, made_low;
     PK_EACH_VECTOR {
-        const Vec<T> low = least(e[u], f[u]), high = greatest(f[u], e[u]), tangent = high - low;
-        const Vec<T> by = n.y(at + N::q, u), ly = n.y(at + N::root, u);
-        const Vec<T> lengths = lx * ly, difference = lx - ly;
+        low[u] = least(e[u], f[u]);
+        const Vec<T> high = greatest(f[u], e[u]);
+        const Vec<T> by = n.y(at + N::q, u), lengths = lx * n.y(at + N::root, u), x = lengths * (high - low[u]);
+        const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low[u] * high;  // 1 - X^2
+        const Vec<T> inverse = inverse_root(complement), square = x * x;
+        // asin(X) / pi, from the complement where that is the smaller one
+        const Vec<T> smaller = select_le(square, half, x, complement * inverse);
+        const Vec<T> angle = half * smaller * angle_polynomial(least(complement, square));
         const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
-        const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
-        const Vec<T> apart = quarter * difference * difference + lengths * low;
-        const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low * high;  // 1 - X^2
-        Vec<T> made_low = half - norms * arcsine(lengths * tangent, complement);
-        if (stable) {
-            const Vec<T> h = quarter * (bx + by) + apart;  // sin(eta / 2)^2 of eta = pi/2 - asin(X)
-            const Vec<T> hx = half * bx, hy = half * by, other = one - h, tiny(T(1e-30));
-            // (hy - hx) / 2; of small variances from the lengths
-            const Vec<T> own = quarter * select_le(bx + by, one, by - bx, difference * (lx + ly));
-            // eta_xy - eta_xx + eta_xy - eta_yy, each the arcsine of a difference
-            const Vec<T> scale_x = square_root(h * (one - hx)) + square_root(hx * other);
-            const Vec<T> scale_y = square_root(h * (one - hy)) + square_root(hy * other);
-            const Vec<T> distance = four * (arcsine((own + apart) / greatest(scale_x, tiny)) +
-                                            arcsine((apart - own) / greatest(scale_y, tiny)));
-            made_low = nearer(made_low, distance, norms, apart_in_norm);
-        }
-        made.e[u] = select_le(e[u], f[u], made_low, one - made_low);
-        made.f[u] = select_le(e[u], f[u], one - made_low, made_low);
-        made.d[u] = n.x(at + N::g) * n.y(at + N::g, u) / square_root(complement);
+        made_low[u] = half - norms * select_le(square, half, angle, half - angle);
+        made.d[u] = n.x(at + N::g) * n.y(at + N::g, u) * inverse;
         if constexpr (derivatives) {
-            const Vec<T> inverse = one / complement, slope = n.x(at + N::slope), norm = n.x(at + N::norm);
             const Vec<T> sign = select_le(e[u], f[u], one, zero - one);
-            made.d_e[u] = sign * made.d[u] * inverse * (zero - two) * lengths * lengths * tangent;
+            made.d_e[u] = sign * made.d[u] * (inverse * inverse) * (zero - two) * lengths * x;
+        }
+    }
+    if (stable) {
+        Vec<T> smallest = made_low[0];
+#pragma GCC unroll 4
+        for (int u = 1; u < U; ++u) smallest = least(smallest, made_low[u]);
+        if (any_greater(Vec<T>(static_cast<T>(near_by_distance)), smallest))
+            error_function_near<T, U>(at, n, low, made_low);
+    }
+    PK_EACH_VECTOR {
+        made.e[u] = select_le(e[u], f[u], made_low[u], one - made_low[u]);
+        made.f[u] = select_le(e[u], f[u], one - made_low[u], made_low[u]);
+        if constexpr (derivatives) {
+            const Vec<T> by = n.y(at + N::q, u), ly = n.y(at + N::root, u), high = greatest(f[u], e[u]);
+            const Vec<T> lengths = lx * ly, difference = lx - ly, tangent = high - low[u];
+            const Vec<T> complement = bx + by - bx * by + four * lengths * lengths * low[u] * high;
+            const Vec<T> norms = n.x(at + N::inverse) * n.y(at + N::inverse, u);
+            const Vec<T> apart_in_norm = n.x(at + N::norm) - n.y(at + N::norm, u);
+            const Vec<T> slope = n.x(at + N::slope), norm = n.x(at + N::norm);
+            const Vec<T> sign = select_le(e[u], f[u], one, zero - one);
             // By log q: 2 eta_xy - eta_xx, as a difference of squares since it is small for near pairs.
             const Vec<T> other = ly * tangent, root = square_root(complement), own_root = square_root(bx * (two - bx));
             const Vec<T> eta_q =
-                (difference + two * ly * low) * (lx + other) / ((lx * root + other * own_root) * (root * own_root));
+                (difference + two * ly * low[u]) * (lx + other) / ((lx * root + other * own_root) * (root * own_root));
             const Vec<T> distance_q = Vec<T>(T(0.636619772367581343076)) * bx * lx * eta_q;
             made.e_q[u] =
-                sign * (slope * made_low + quarter * norms * (distance_q + two * slope * norm * apart_in_norm));
+                sign * (slope * made_low[u] + quarter * norms * (distance_q + two * slope * norm * apart_in_norm));
             const Vec<T> b_q = zero - bx * (one - bx);
-            const Vec<T> complement_q = b_q * (one - by) - four * low * high * b_q * ly * ly;
-            made.d_q[u] = made.d[u] * (half * bx + slope - half * complement_q * inverse);
+            const Vec<T> complement_q = b_q * (one - by) - four * low[u] * high * b_q * ly * ly;
+            made.d_q[u] = made.d[u] * (half * bx + slope - half * complement_q / complement);
         }
     }
 }
@@ -397,19 +473,19 @@ PK_INLINE void make(const Branch<T>& branch, const Layer<T>& layer, const Number
                 piecewise_linear<T, U, derivatives, false, true>(branch, e, f, made);
             break;
         case NtkActivation::leaky_relu: piecewise_linear<T, U, derivatives, false, false>(branch, e, f, made); break;
-        case NtkActivation::erf: error_function<T, U, derivatives>(branch, layer.stable, n, e, f, made); break;
+        case NtkActivation::erf: error_function<T, U, derivatives>(branch.number, layer.stable, n, e, f, made); break;
         case NtkActivation::gelu: gaussian_error_unit<T, U, derivatives>(branch, layer.stable, n, e, f, made); break;
         case NtkActivation::sin: sine<T, U, derivatives>(branch, n, e, f, made); break;
         case NtkActivation::rbf: radial<T, U, derivatives>(branch, n, e, made); break;
     }
 }
 
-// Where the forward pass leaves what the backward pass needs: (e, T) before each layer, and for each branch e_phi, d_phi
-// and their derivatives.
+// Where the forward pass leaves what the backward pass needs: T before each layer, and for each branch e_phi, d_phi and
+// their derivatives.
 template <class T, int U>
 struct Kept {
     Vec<T>* data;
-    static constexpr int per_layer = 2 * U, per_branch = 5 * U;
+    static constexpr int per_layer = U, per_branch = 5 * U;
     static Index vectors(const Network<T>& network) {
         return static_cast<Index>(network.depth) * per_layer + static_cast<Index>(network.branches) * per_branch;
     }
@@ -492,6 +568,30 @@ PK_INLINE void relu_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U
     }
 }
 
+// The same for one branch of erf, none of whose small f are needed later.
+template <class T, int U, bool derivatives>
+PK_INLINE void erf_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
+    const Vec<T> zero(T(0)), one(T(1)), quarter(T(0.25)), two(T(2));
+    const int number = layer.branches[0].number;
+    Made<T, U> made;
+    error_function<T, U, derivatives>(number, false, n, state.e, state.f, made);
+    PK_EACH_VECTOR {
+        const Vec<T> cx = n.x(number), cy = n.y(number, u), both = cx * cy, apart = cx - cy;
+        const Vec<T> bias_apart = n.x(layer.s) - n.y(layer.s, u);
+        const Vec<T> e = both * made.e[u] + quarter * (apart * apart + bias_apart * bias_apart);
+        state.e[u] = least(greatest(zero, e), one);
+        state.f[u] = one - state.e[u];
+        state.tangent[u] = (one - two * state.e[u]) + state.tangent[u] * (both * made.d[u]);
+        if constexpr (derivatives) {
+            kept[5 * u] = made.e[u];
+            kept[5 * u + 1] = made.d[u];
+            kept[5 * u + 2] = made.d_e[u];
+            kept[5 * u + 3] = made.e_q[u];
+            kept[5 * u + 4] = made.d_q[u];
+        }
+    }
+}
+
 // From e and f of pairs to those of the last layer, and T.
 template <class T, int U, bool derivatives>
 PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
@@ -499,13 +599,12 @@ PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, St
     for (int l = 0; l < network.depth; ++l) {
         const Layer<T>& layer = network.layers[l];
         if constexpr (derivatives) {
-            PK_EACH_VECTOR {
-                kept[2 * u] = state.e[u];
-                kept[2 * u + 1] = state.tangent[u];
-            }
+            PK_EACH_VECTOR kept[u] = state.tangent[u];
             kept += Kept<T, U>::per_layer;
         }
-        if (!layer.one_relu) {
+        if (layer.simple == Simple::erf) {
+            erf_layer<T, U, derivatives>(layer, n, state, kept);
+        } else if (layer.simple == Simple::no) {
             State<T, U> copy = state;  // whose address may be known
             general_layer<T, U, derivatives>(layer, n, copy, kept);
             state = copy;
@@ -516,6 +615,32 @@ PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, St
         }
         if constexpr (derivatives) kept += layer.count * Kept<T, U>::per_branch;
     }
+}
+
+// A branch of the layer below, which gets the derivatives of e', `of_e`, and of the layer's slope, `through`: adds to those of
+// e, `next`, and to the slope.
+template <class T, int U, bool first>
+PK_INLINE void branch_backward(const Branch<T>& branch, const Numbers<T>& n, const Vec<T>* made,
+                               const Pairs<T, U>& of_e, const Pairs<T, U>& through, Pairs<T, U>& next,
+                               Pairs<T, U>& slope, Vec<T>* sums) {
+    const Vec<T> half(T(0.5));
+    Vec<T> of_c = sums[branch.primary];
+    PK_EACH_VECTOR {
+        const Vec<T> e_phi = made[5 * u], d_phi = made[5 * u + 1], d_e = made[5 * u + 2];
+        const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy, own = both * d_phi;
+        of_c = of_c + (cy * (of_e[u] * e_phi + through[u] * d_phi) + half * of_e[u] * (cx - cy));
+        const Vec<T> of_both = of_e[u] * own + through[u] * (both * d_e);
+        next[u] = first ? of_both : next[u] + of_both;
+        slope[u] = first ? own : slope[u] + own;
+    }
+    sums[branch.primary] = of_c;
+    if (branch.activation <= NtkActivation::leaky_relu) return;
+    Vec<T> of_q = sums[branch.primary + 1];
+    PK_EACH_VECTOR {
+        const Vec<T> both = n.x(branch.number) * n.y(branch.number, u);
+        of_q = of_q + both * (of_e[u] * made[5 * u + 3] + through[u] * made[5 * u + 4]);
+    }
+    sums[branch.primary + 1] = of_q;
 }
 
 // The other way: from the derivative of the result by the cosine (`of_cosine`) and by T to that by e, and the sums over pairs
@@ -529,34 +654,21 @@ PK_INLINE void layers_backward(const Network<T>& network, const Numbers<T>& n, c
         const Layer<T>& layer = network.layers[l];
         kept -= layer.count * Kept<T, U>::per_branch;
         const Vec<T>* const before = kept - Kept<T, U>::per_layer;
-        Pairs<T, U> next, next_tangent;
-        Vec<T> of_s = zero;
+        Pairs<T, U> through, next, slope;
+        Vec<T> of_s = sums[layer.primary_s];
         PK_EACH_VECTOR {
             of_e[u] = of_e[u] - two * of_tangent[u];
-            next[u] = next_tangent[u] = zero;
-            of_s = of_s + of_e[u] * half * (n.x(layer.s) - n.y(layer.s, u));
+            through[u] = of_tangent[u] * before[u];
+            of_s = of_s + half * of_e[u] * (n.x(layer.s) - n.y(layer.s, u));
         }
-        sums[layer.primary_s] = sums[layer.primary_s] + of_s;
-        for (int i = 0; i < layer.count; ++i) {
-            const Branch<T>& branch = layer.branches[i];
-            const Vec<T>* const made = kept + i * Kept<T, U>::per_branch;
-            const bool homogeneous = branch.activation <= NtkActivation::leaky_relu;
-            Vec<T> of_c = zero, of_q = zero;
-            PK_EACH_VECTOR {
-                const Vec<T> e_phi = made[5 * u], d_phi = made[5 * u + 1], d_e = made[5 * u + 2];
-                const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy;
-                const Vec<T> through = of_tangent[u] * before[2 * u + 1];
-                of_c = of_c + (cy * (of_e[u] * e_phi + through * d_phi) + of_e[u] * half * (cx - cy));
-                if (!homogeneous) of_q = of_q + both * (of_e[u] * made[5 * u + 3] + through * made[5 * u + 4]);
-                next[u] = next[u] + both * (of_e[u] * d_phi + through * d_e);
-                next_tangent[u] = next_tangent[u] + of_tangent[u] * both * d_phi;
-            }
-            sums[branch.primary] = sums[branch.primary] + of_c;
-            if (!homogeneous) sums[branch.primary + 1] = sums[branch.primary + 1] + of_q;
-        }
+        sums[layer.primary_s] = of_s;
+        branch_backward<T, U, true>(layer.branches[0], n, kept, of_e, through, next, slope, sums);
+        for (int i = 1; i < layer.count; ++i)
+            branch_backward<T, U, false>(layer.branches[i], n, kept + i * Kept<T, U>::per_branch, of_e, through, next,
+                                         slope, sums);
         PK_EACH_VECTOR {
             of_e[u] = next[u];
-            of_tangent[u] = next_tangent[u];
+            of_tangent[u] = of_tangent[u] * slope[u];
         }
         kept = before;
     }

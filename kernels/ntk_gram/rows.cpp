@@ -104,30 +104,40 @@ void ntk_row(const NtkNetwork& network, double variance, double* numbers, double
     for (int l = 0; l < network.depth; ++l) {
         const double weight = network.weight_std[l + 1], bias = network.bias_std[l + 1], offset = network.offsets[l];
         const double constant = offset > 0 ? std::sqrt(bias * bias + weight * weight * offset) : bias;
+        const std::int64_t count = network.counts[l];
         double following = constant * constant, change = 0;
-        for (std::int64_t i = 0; i < network.counts[l]; ++i) {
-            const Norm norm = norm_of(branches[i], q);
-            const double part = weight * branches[i].amplitude * norm.value;
+        // The norms and their slopes wait where c and its derivatives will be.
+        double *number = numbers, *derivative = derivatives;
+        for (std::int64_t i = 0; i < count; ++i) {
+            const NtkBranch& branch = branches[i];
+            const Norm norm = norm_of(branch, q);
+            const double part = weight * branch.amplitude * norm.value;
             following += part * part;
             change += 2 * part * part * norm.slope * of_q;
+            number[NtkNumbers::c] = norm.value;
+            if (!homogeneous(branch)) fill(branch, q, norm, number);
+            number += ntk_numbers_of(branch);
+            if (derivatives == nullptr) continue;
+            *derivative = norm.slope;
+            derivative += ntk_primaries_of(branch);
         }
         following = std::max(following, ntk_least_variance);
         change /= following;
-        const double root = std::sqrt(following);
-        for (std::int64_t i = 0; i < network.counts[l]; ++i) {
+        const double inverse = 1 / std::sqrt(following);
+        for (std::int64_t i = 0; i < count; ++i) {
             const NtkBranch& branch = branches[i];
-            const Norm norm = norm_of(branch, q);
-            const double c = weight * std::fabs(branch.amplitude) * norm.value / root;
+            const double c = weight * std::fabs(branch.amplitude) * numbers[NtkNumbers::c] * inverse;
             numbers[NtkNumbers::c] = c;
-            if (!homogeneous(branch)) fill(branch, q, norm, numbers);
             numbers += ntk_numbers_of(branch);
             if (derivatives == nullptr) continue;
-            *derivatives++ = c * (norm.slope * of_q - change / 2);
+            *derivatives = c * (*derivatives * of_q - change / 2);
+            ++derivatives;
             if (!homogeneous(branch)) *derivatives++ = of_q;
         }
-        *numbers++ = constant / root;
-        if (derivatives != nullptr) *derivatives++ = -constant / root * change / 2;
-        branches += network.counts[l];
+        const double s = constant * inverse;
+        *numbers++ = s;
+        if (derivatives != nullptr) *derivatives++ = -s * change / 2;
+        branches += count;
         q = following;
         of_q = change;
     }

@@ -73,7 +73,7 @@ def eight_gaussians(
     _check_count("components", components)
     for name, value in (("radius", radius), ("std", std)):
         if not 0 <= value < math.inf:
-            raise InputError(f"{name} must not be negative, got {value!r}")
+            raise InputError(f"{name} must be finite and not negative, got {value!r}")
     random = np.random.default_rng(seed)
     fake = random.standard_normal((n_points, 2))
     angles = 2 * math.pi / components * random.integers(0, components, n_points)

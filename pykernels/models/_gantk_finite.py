@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pykernels._errors import InputError
-from pykernels.models._gantk_kernels import find_kernel, find_loss
+from pykernels.models._gantk_kernels import KERNELS, find_kernel, find_loss
 from pykernels.models._gantk_losses import signs
-
-SIGMOID_SCALE = 2.4020563531719796
+from pykernels.ops.ntk_gram.activations import SIGMOID_SCALE
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -59,7 +58,8 @@ class WideNetwork(nn.Module):
         architecture = find_kernel(kernel)
         names = architecture.activation.name.split("+")
         if architecture.kind != "ntk":
-            raise InputError(f"kernel {kernel!r} is not that of a network that is trained")
+            known = ", ".join(name for name, other in KERNELS.items() if other.kind == "ntk")
+            raise InputError(f"kernel {kernel!r} is not that of a network that is trained, as {known} are")
         for name, value in (("n_features", n_features), ("width", width), ("n_outputs", n_outputs)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -112,6 +112,9 @@ class FiniteDiscriminator:
 
     Attributes:
         network: the :class:`WideNetwork`.
+
+    Raises:
+        InputError: naming the argument that cannot be used.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class FiniteDiscriminator:
     ) -> None:
         self.loss = find_loss(loss)
         if not 0 < learning_rate < math.inf:
-            raise InputError(f"learning_rate must be positive, got {learning_rate!r}")
+            raise InputError(f"learning_rate must be positive and finite, got {learning_rate!r}")
         if n_steps < 1:
             raise InputError(f"n_steps must be at least 1, got {n_steps}")
         self.network = WideNetwork(

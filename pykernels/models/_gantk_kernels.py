@@ -82,7 +82,7 @@ class InfiniteDiscriminator:
         self.ntk, self.kind = _kernel(kernel, kind)
         self.loss = find_loss(loss)
         if not 0 < time < math.inf:
-            raise InputError(f"time must be positive, got {time!r}")
+            raise InputError(f"time must be positive and finite, got {time!r}")
         solver = self.loss.solvers[0] if solver is None else solver
         if solver not in self.loss.solvers:
             raise InputError(f"solver of {loss} must be one of {', '.join(self.loss.solvers)}; got {solver!r}")
@@ -97,6 +97,7 @@ class InfiniteDiscriminator:
         }
         self._loss_name = loss
 
+    @torch.no_grad()  # scales of the kernel may be parameters
     def train(self, points: Tensor, n_fake: int) -> None:
         """Train from zero on the first ``n_fake`` of these points (N + M, d) against the others.
 
@@ -119,8 +120,15 @@ class InfiniteDiscriminator:
             exact = gram if self.solver == "eigenvalues" else None
             self.weights = spectral_weights(self._loss_name, product, rho, gamma, self.time, gram=exact)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f(x) and its gradient, (N,) and (N, d), at points x (N, d)."""
+        """f(x) and its gradient, (N,) and (N, d), at points x (N, d).
+
+        Raises:
+            RuntimeError: before the first training.
+        """
+        if not hasattr(self, "weights"):
+            raise RuntimeError("this discriminator is not trained yet; call its train() first")
         return self.ntk.witness(x, self.points, self.weights, kind=self.kind, backend=self.backend)
 
     def _product(self, v: Tensor) -> Tensor:
@@ -145,6 +153,8 @@ def _kernel(kernel: str | NTK, kind: str) -> tuple[NTK, str]:
         return architecture.kernel(), architecture.kind
     if kind not in ("ntk", "nngp"):
         raise InputError(f"kind must be ntk or nngp, got {kind!r}")
+    if not isinstance(kernel, NTK):
+        raise InputError(f"kernel must be one of {', '.join(KERNELS)}, or a pykernels.NTK; got {kernel!r}")
     return kernel, kind
 
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pykernels._errors import InputError
 from pykernels.ops import odeint
 
 Product = Callable[[Tensor], Tensor]
@@ -80,7 +81,13 @@ LOSSES = {
 
 
 def signs(n_fake: int, n_real: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """rho and gamma, both (N + M,), of the dtype and device of ``like``."""
+    """rho and gamma, both (N + M,), of the dtype and device of ``like``.
+
+    Raises:
+        InputError: if one of the clouds is empty.
+    """
+    if min(n_fake, n_real) < 1:
+        raise InputError(f"there must be fake and real points, got {n_fake} and {n_real} of them")
     rho = like.new_ones(n_fake + n_real)
     rho[:n_fake] = -1
     gamma = like.new_full((n_fake + n_real,), 0.5 / n_real)

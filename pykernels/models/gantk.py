@@ -115,19 +115,17 @@ class ParticleDescent:
         dtype: str = "float64",
         device: str | torch.device = "cpu",
     ) -> None:
-        fake, real = np.asarray(fake, dtype=np.float64), np.asarray(real, dtype=np.float64)
-        for name, cloud in (("fake", fake), ("real", real)):
-            if cloud.ndim != 2 or not cloud.size or cloud.shape[1] != fake.shape[-1]:
-                raise InputError(f"{name} must have shape (N, d), the same d for both, got {cloud.shape}")
-            if not np.isfinite(cloud).all():
-                raise InputError(f"{name} contains {'NaN' if np.isnan(cloud).any() else 'infinity'}")
+        fake = _cloud("fake", fake)
+        real = _cloud("real", real, fake.shape[1])
         for name, value in (("n_steps", n_steps), ("evaluate_every", evaluate_every)):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         if evaluate_every is not None and len(fake) != len(real):
-            raise InputError("evaluate_every must be None unless fake and real have as many points")
+            raise InputError(
+                f"evaluate_every must be None unless fake and real have as many points, got {len(fake)} and {len(real)}"
+            )
         if not 0 < step_size < math.inf:
-            raise InputError(f"step_size must be positive, got {step_size!r}")
+            raise InputError(f"step_size must be positive and finite, got {step_size!r}")
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
         self.discriminator = discriminator
@@ -138,11 +136,20 @@ class ParticleDescent:
         self.steps_done = 0
         self.seconds = 0.0
         self.distances: list[tuple[int, float]] = []
-        self.frames: list[tuple[int, Array]] = [(0, fake.copy())]
-        self.real = real.copy()
+        self.frames: list[tuple[int, Array]] = [(0, fake)]
+        self.real = real
         # Fake points first; the particles are moved where they lie.
         self._points = torch.from_numpy(np.concatenate((fake, real))).to(device, DTYPES[dtype])
         self._x = self._points[: len(fake)]
+        if isinstance(discriminator, FiniteDiscriminator):
+            weight = discriminator.network.weights[0]
+            given, expected = ((t.shape[-1], t.dtype, t.device) for t in (weight, self._points))
+            if given != expected:
+                d, kind, place = given
+                raise InputError(
+                    f"discriminator must be for points of {expected[0]} dimensions, {expected[1]}, on {expected[2]}; "
+                    f"got one for {d} dimensions, {kind}, on {place}"
+                )
         self._gram = None
         if generator_gram is not None:
             self._gram = torch.as_tensor(np.asarray(generator_gram)).to(self._x)
@@ -206,10 +213,14 @@ class ParticleDescent:
 
         Returns:
             Values (P,) and directions (P, d).
+
+        Raises:
+            InputError: if ``points`` or ``particles`` have another shape, or numbers that are not finite.
         """
-        x = torch.as_tensor(np.asarray(points, dtype=np.float64)).to(self._x)
+        d = self.real.shape[1]
+        x = torch.from_numpy(_cloud("points", points, d)).to(self._x)
         if isinstance(self.discriminator, InfiniteDiscriminator):
-            cloud = self._x if particles is None else torch.as_tensor(np.asarray(particles)).to(self._x)
+            cloud = self._x if particles is None else torch.from_numpy(_cloud("particles", particles, d)).to(self._x)
             self.discriminator.train(torch.cat((cloud, self._points[len(self._x) :])), len(cloud))
         value, gradient = self.discriminator(x)
         direction = -self.discriminator.loss.slope(value)[:, None] * gradient
@@ -326,6 +337,16 @@ def load_particles(path: str | Path) -> dict[str, npt.NDArray[Any]]:
     tensors, _ = _checkpoint.load(path, PARTICLES)
     with damage_named(path):
         return {name: tensors[name].numpy() for name in ("particles", "real", "frames", "frame_steps")}
+
+
+def _cloud(name: str, points: npt.ArrayLike, d: int | None = None) -> Array:
+    """Finite points (N, d), copied."""
+    cloud = np.array(points, dtype=np.float64)
+    if cloud.ndim != 2 or not cloud.size or (d is not None and cloud.shape[1] != d):
+        raise InputError(f"{name} must have shape (N, {'d' if d is None else d}), N at least 1, got {cloud.shape}")
+    if not np.isfinite(cloud).all():
+        raise InputError(f"{name} contains {'NaN' if np.isnan(cloud).any() else 'infinity'}")
+    return cloud
 
 
 def descend(descent: ParticleDescent, *, on_step: Callable[[int, float], None] | None = None) -> ParticleDescent:

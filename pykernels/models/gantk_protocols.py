@@ -20,7 +20,7 @@ import torch
 
 from pykernels._errors import InputError, MissingExtraError
 from pykernels.models._gantk_finite import FiniteDiscriminator
-from pykernels.models._gantk_kernels import KERNELS, InfiniteDiscriminator
+from pykernels.models._gantk_kernels import KERNELS, InfiniteDiscriminator, find_kernel
 from pykernels.models._gantk_metrics import half_squared_w2, sinkhorn_divergence
 from pykernels.models.gantk import LOSSES, ParticleDescent
 from pykernels.models.published import published_particles
@@ -44,6 +44,8 @@ SEPARATE = (1.5 * np.array([-1.2, -1.34, -0.8, -0.7, -0.3]), 1.5 * np.array([0.6
 #: Of the step size: gradients of sigmoids are as much smaller, and those of sines larger (the latter not published).
 STEP_FACTORS = {"sigmoid": 1000.0, "relu+sin": 0.25}
 ADEQUACY_STEPS, ADEQUACY_RATE = 10, 0.1
+#: Of each cloud, where it is not 500.
+PUBLISHED_POINTS = {"digits": 1024}
 
 
 @dataclass(frozen=True)
@@ -104,23 +106,27 @@ def particle_scores(descent: ParticleDescent) -> dict[str, Any]:
 def descent_table(results: Iterable[Mapping[str, Any]]) -> str:
     """Distances of runs beside the published ones, a table in Markdown with a row for each setting.
 
+    Nothing is published for particles that are moved by a generator's kernel.
+
     Args:
         results: of ``pykernels reproduce gantk``.
     """
-    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in results:
-        key = tuple(str(result[name]) for name in ("data", "loss", "discriminator", "kernel"))
+        key = tuple(result[name] for name in ("data", "loss", "discriminator", "kernel", "generator"))
         steps = f"{result['n_steps']} x {result['step_size']:g}"
-        groups.setdefault((*key, steps), []).extend(result["runs"])
+        groups.setdefault((*key, result["clouds"]["fake"], steps), []).extend(result["runs"])
     lines = [
         "| data | loss | discriminator | kernel | steps x eta | runs | half squared W2, exact | lowest on the way "
         "| Sinkhorn divergence | published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (data, loss, discriminator, kernel, steps), runs in groups.items():
-        published = published_particles(data, loss, discriminator, kernel)
+    for (data, loss, discriminator, kernel, generator, points, steps), runs in groups.items():
+        published = None if generator else published_particles(data, loss, discriminator, kernel)
+        size = "" if points == PUBLISHED_POINTS.get(data, 500) else f", {points} points"
+        network = KERNELS[kernel].title + (f", generator {KERNELS[generator].title}" if generator else "")
         lines.append(
-            f"| {data} | {LOSSES[loss].title} | {discriminator} | {KERNELS[kernel].title} | {steps} | {len(runs)} "
+            f"| {data}{size} | {LOSSES[loss].title} | {discriminator} | {network} | {steps} | {len(runs)} "
             f"| {spread([run.get('half_w2') for run in runs])} | {spread([run.get('lowest_half_w2') for run in runs])} "
             f"| {spread([run['sinkhorn'] for run in runs])} "
             f"| {'' if published is None else f'{published[0]:.2e} ± {published[1]:.2e}'} |"
@@ -157,9 +163,13 @@ def dirac_field(
 
     Returns:
         Places and directions -grad c(f), both (P, dimension).
+
+    Raises:
+        InputError: if the dimension or the number of points is smaller than 2.
     """
-    if dimension < 2:
-        raise InputError(f"dimension must be at least 2, got {dimension}")
+    for name, number in (("dimension", dimension), ("n_points", n_points)):
+        if number < 2:
+            raise InputError(f"{name} must be at least 2, got {number}")
     first, second = np.meshgrid(np.linspace(-2, 2, n_points), np.linspace(0, 2, max(2, n_points // 2)))
     places = np.zeros((first.size, dimension))
     places[:, 0], places[:, 1] = first.ravel(), second.ravel()
@@ -215,7 +225,13 @@ def adequacy(
         n_networks: of each width, which differ in their first weights.
         n_points: evenly from -4 to 4, at which they are evaluated.
         seed: of the weights.
+
+    Raises:
+        InputError: naming the argument that cannot be used.
     """
+    for name, value in (("n_networks", n_networks), ("n_points", n_points)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
     fake, real = OVERLAPPING if loss == "ipm" else SEPARATE
     points = torch.from_numpy(np.concatenate((fake, real))[:, None])
     places = torch.linspace(-4, 4, n_points, dtype=torch.float64)[:, None]
@@ -239,9 +255,14 @@ def generator_gram(inputs: npt.ArrayLike, kernel: str = "relu") -> Array:
 
     With it the steps of a :class:`pykernels.models.gantk.ParticleDescent` are at most as long as without. Each output
     of the generator has the same kernel.
+
+    Raises:
+        InputError: if there is no such kernel, or the inputs have another shape.
     """
-    architecture = KERNELS[kernel]
-    points = torch.as_tensor(np.asarray(inputs, dtype=np.float64))
+    architecture = find_kernel(kernel)
+    points = torch.from_numpy(np.array(inputs, dtype=np.float64))
+    if points.dim() != 2 or not len(points):
+        raise InputError(f"inputs must have shape (N, d), N at least 1, got {tuple(points.shape)}")
     gram = architecture.kernel().gram(points, kind=architecture.kind)
     scaled: Array = (gram / torch.linalg.matrix_norm(gram, 2)).numpy()
     return scaled

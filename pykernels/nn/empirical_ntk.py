@@ -165,15 +165,15 @@ def empirical_ntk_matvec(
     keep_graph = torch.is_grad_enabled() and (create_graph or any(t.requires_grad for t in (x, z, v)))
     # Of the kernels of attention only the plain one has forward mode.
     with torch.set_grad_enabled(keep_graph), sdpa_kernel(SDPBackend.MATH):
-        product = _VectorProduct(network, keep_graph, max_memory)
+        multiply = _VectorProduct(network, keep_graph, max_memory)
         if trace_outputs:
             result = torch.zeros(columns.shape[0], len(x), dtype=v.dtype, device=v.device)
             for output in range(outputs):
                 cotangents = F.pad(columns[..., None], (output, outputs - 1 - output))
-                result = result + product(x, z, cotangents)[..., output]
+                result = result + multiply(x, z, cotangents)[..., output]
             result = result / outputs
         else:
-            result = product(x, z, columns)
+            result = multiply(x, z, columns)
     return result.movedim(0, -1).reshape(len(x), *v.shape[1:])
 
 
@@ -209,7 +209,10 @@ class _Network:
         Raises:
             ValueError: if they are random.
         """
-        state = torch.get_rng_state()
+        generators = [torch.default_generator]
+        if samples[0].is_cuda:
+            generators.append(torch.cuda.default_generators[samples[0].get_device()])
+        states = [generator.get_state() for generator in generators]
         own = {p.data_ptr() for p in (*self.parameters.values(), *self.constants.values())}
         kept: list[int] = []
 
@@ -219,8 +222,9 @@ class _Network:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             y = self(self.parameters, _some_samples(1, samples)).detach()
-        if not torch.equal(torch.get_rng_state(), state):
-            torch.set_rng_state(state)
+        if not all(torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)):
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
             raise ValueError("module draws random numbers; call its eval() first, if that ends it")
         self.numbers, self.outputs, self.dtype = sum(kept), y.shape[1], y.dtype
         return y

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pykernels.ops.ntk_gram import kernel
 from pykernels.ops.ntk_gram.activations import Activation
-from pykernels.ops.ntk_gram.kernel import Activations, Scales
+from pykernels.ops.ntk_gram.kernel import Activations, Network, Scales
 
 _LAYERS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -70,15 +70,15 @@ class NTK(nn.Module):
         learnable: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(depth, bool) or not isinstance(depth, int):
+        if isinstance(depth, bool) or not hasattr(depth, "__index__"):  # integers of NumPy have it
             raise TypeError(f"depth must be an int, got {type(depth).__name__}")
         if depth < 0:
             raise ValueError(f"depth must be at least 0, got {depth}")
-        self.depth, self.output_bias = depth, bool(output_bias)
-        self.activations = kernel.activations_of(activation, depth)
+        self.depth, self.output_bias = int(depth), bool(output_bias)
+        self.activations = kernel.activations_of(activation, self.depth)
         scales = {
-            "weight_std": kernel.scales_of(weight_std, "weight_std", depth + 1),
-            "bias_std": kernel.scales_of(bias_std, "bias_std", depth + int(self.output_bias)),
+            "weight_std": kernel.scales_of(weight_std, "weight_std", self.depth + 1),
+            "bias_std": kernel.scales_of(bias_std, "bias_std", self.depth + self.output_bias),
         }
         for name, value in scales.items():
             value = value.detach().clone()
@@ -98,12 +98,12 @@ class NTK(nn.Module):
                 ``nn.GELU()``, ``nn.Sigmoid`` (as the sigmoid-like erf, which is within 0.02 of it) or ``nn.Identity``;
                 or none, which is the identity. Nested stacks are followed, ``nn.Flatten`` and ``nn.Dropout`` in
                 evaluation mode passed over. Weights and widths play no part.
-            weight_std, bias_std: as in the class; a number for the biases is that of the layers that have one.
+            weight_std, bias_std: as in the class, one number or one for each layer; layers without a bias keep none.
             learnable: as there.
 
         Raises:
             TypeError: if the network is no ``nn.Sequential``, or has another layer.
-            ValueError: if it does not begin and end with ``nn.Linear``.
+            ValueError: if it does not begin and end with ``nn.Linear``, or an activation follows another one.
         """
         if not isinstance(network, nn.Sequential):
             raise TypeError(f"network must be an nn.Sequential, got {type(network).__name__}")
@@ -115,25 +115,24 @@ class NTK(nn.Module):
                     activations.append(Activation("identity"))
                 linear.append(layer)
             else:
-                if len(linear) != len(activations) + 1:
-                    raise ValueError(
-                        f"each activation must follow an nn.Linear, got {type(layer).__name__} after "
-                        f"{len(linear)} linear layers and {len(activations)} activations"
-                    )
                 activations.append(_activation(layer))
+                if len(linear) != len(activations):
+                    raise ValueError(
+                        f"each activation must follow an nn.Linear, got {type(layer).__name__} as number "
+                        f"{len(activations)} after {len(linear)} linear layers"
+                    )
         if len(linear) != len(activations) + 1:
             raise ValueError(f"network must begin and end with an nn.Linear, got {network}")
         biased = [layer.bias is not None for layer in linear]
-        if not isinstance(bias_std, (Tensor, list, tuple)):
-            number: Any = bias_std
-            bias_std = [number if has else 0.0 for has in biased[: len(biased) - (not biased[-1])]]
+        bias_std = kernel.scales_of(bias_std, "bias_std", len(biased) - (not biased[-1]))
+        bias_std = bias_std * bias_std.new_tensor(biased[: len(bias_std)])
         return cls(len(activations), activations, weight_std, bias_std, biased[-1], learnable=learnable)
 
-    def _scales(self) -> tuple[tuple[Activation, ...], Tensor, Tensor]:
+    def _network(self) -> Network:
         bias = self.bias_std.double()
         if not self.output_bias:
             bias = torch.cat((bias, bias.new_zeros(1)))
-        return self.activations, self.weight_std.double(), bias
+        return Network(self.activations, self.weight_std.double(), bias)
 
     def gram(
         self,
@@ -147,8 +146,9 @@ class NTK(nn.Module):
         """The kernel between two sets of points.
 
         Args:
-            x: (..., N, d), of a floating dtype. Computed in float32 at least.
+            x: (..., N, d), of a floating dtype of 16 bits at least.
             y: (..., M, d) with the leading dimensions of x, or None for x itself: then half of the work is done.
+                Computed in the wider one of both dtypes, and in float32 at least.
             kind: ``"ntk"``, ``"nngp"`` or ``"both"``.
             precision: of the inner products of float32 points: ``"float32"``, ``"tf32"`` or ``"bf16"``; the recursion
                 is in float32.
@@ -162,7 +162,7 @@ class NTK(nn.Module):
             ValueError: if an argument has the wrong shape, device or value.
             RuntimeError: if the backend asked for by name cannot run the call.
         """
-        return kernel.gram(x, y, *self._scales(), kind, precision, backend)
+        return kernel.gram(x, y, self._network(), kind, precision, backend)
 
     def matvec(
         self,
@@ -179,7 +179,7 @@ class NTK(nn.Module):
         Args:
             x: (..., N, d).
             z: (..., M, d).
-            v: (..., M) or (..., M, p).
+            v: (..., M) or (..., M, p), of a floating dtype; rounded to the one that is computed in.
             kind: ``"ntk"`` or ``"nngp"``.
             precision, backend: as in :meth:`gram`.
 
@@ -189,7 +189,7 @@ class NTK(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`gram`.
         """
-        return kernel.matvec(x, z, v, *self._scales(), kind, precision, backend)
+        return kernel.matvec(x, z, v, self._network(), kind, precision, backend)
 
     def witness(
         self,
@@ -206,7 +206,7 @@ class NTK(nn.Module):
         Args:
             x: (..., N, d).
             z: (..., M, d), constant in the gradient, even where it is x.
-            a: (..., M).
+            a: (..., M), as ``v`` of :meth:`matvec`.
             kind: ``"ntk"`` or ``"nngp"``.
             precision, backend: as in :meth:`gram`.
 
@@ -216,18 +216,27 @@ class NTK(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`gram`.
         """
-        return kernel.witness(x, z, a, *self._scales(), kind, precision, backend)
+        return kernel.witness(x, z, a, self._network(), kind, precision, backend)
 
-    def diag(self, x: Tensor, *, kind: str = "ntk") -> Any:
-        """k(x_i, x_i): (..., N) for x (..., N, d); for both kinds ``(nngp, ntk)``.
+    def diag(self, x: Tensor, *, kind: str = "ntk", precision: str = "float32", backend: str | None = None) -> Any:
+        """k(x_i, x_i).
+
+        Args:
+            x: (..., N, d).
+            kind: as in :meth:`gram`.
+            precision, backend: as there, and checked as there; but a diagonal takes no inner products of two points,
+                and is computed by PyTorch on every backend.
+
+        Returns:
+            (..., N) in the dtype of x; for both kinds ``(nngp, ntk)``.
 
         Raises:
-            TypeError, ValueError: as :meth:`gram`.
+            TypeError, ValueError, RuntimeError: as :meth:`gram`.
         """
-        return kernel.diag(x, *self._scales(), kind)
+        return kernel.diag(x, self._network(), kind, precision, backend)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The tangent kernel's Gram matrix."""
+        """The tangent kernel's Gram matrix, as :meth:`gram` has it."""
         result: Tensor = self.gram(x, y)
         return result
 

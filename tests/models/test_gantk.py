@@ -126,8 +126,8 @@ def test_digits():
     ("call", "message"),
     [
         (lambda: eight_gaussians(0), "n_points must be at least 1, got 0"),
-        (lambda: eight_gaussians(std=-1), "std must not be negative, got -1"),
-        (lambda: eight_gaussians(radius=math.nan), "radius must not be negative, got nan"),
+        (lambda: eight_gaussians(std=-1), "std must be finite and not negative, got -1"),
+        (lambda: eight_gaussians(radius=math.nan), "radius must be finite and not negative, got nan"),
         (lambda: image_densities(np.ones(3), np.ones((2, 2))), r"source must have shape \(H, W\)"),
         (lambda: image_densities(np.ones((2, 2)), np.zeros((2, 2))), "target must have finite values"),
         (lambda: image_densities(np.full((2, 2), -1.0), np.ones((2, 2))), "source must have finite values"),
@@ -542,15 +542,31 @@ def test_a_descent_that_diverges_says_so():
     [
         (lambda: InfiniteDiscriminator("tanh"), "kernel must be one of relu, rbf"),
         (lambda: InfiniteDiscriminator(loss="wgan"), "loss must be one of ipm, lsgan"),
-        (lambda: InfiniteDiscriminator(time=0), "time must be positive, got 0"),
+        (lambda: InfiniteDiscriminator(time=0), "time must be positive and finite, got 0"),
         (lambda: InfiniteDiscriminator(solver="lanczos"), "solver of ipm must be one of closed, ode; got 'lanczos'"),
         (lambda: InfiniteDiscriminator(pykernels.NTK(1), kind="both"), "kind must be ntk or nngp, got 'both'"),
         (lambda: FiniteDiscriminator(2, "rbf"), "kernel 'rbf' is not that of a network that is trained"),
+        (lambda: InfiniteDiscriminator(3), "kernel must be one of relu, rbf, .* or a pykernels.NTK; got 3"),
+        (
+            lambda: InfiniteDiscriminator().train(torch.zeros(3, 2), 3),
+            "there must be fake and real points, got 3 and 0",
+        ),
+        (
+            lambda: short(FiniteDiscriminator(3)),
+            "discriminator must be for points of 2 dim.*; got one for 3 dimensions",
+        ),
+        (lambda: short(FiniteDiscriminator(2), dtype="float32"), "dimensions, torch.float32, .* torch.float64, on cpu"),
+        (lambda: short(InfiniteDiscriminator()).field([0.0, 0.0]), r"points must have shape \(N, 2\), .*, got \(2,\)"),
+        (lambda: short(InfiniteDiscriminator()).field([[0.0, math.inf]]), "points contains infinity"),
+        (lambda: generator_gram(DATA.fake, "tanh"), "kernel must be one of relu, rbf"),
+        (lambda: generator_gram(DATA.fake[0]), r"inputs must have shape \(N, d\), N at least 1, got \(2,\)"),
+        (lambda: dirac_field(InfiniteDiscriminator(), n_points=1), "n_points must be at least 2, got 1"),
+        (lambda: adequacy(n_networks=0), "n_networks must be at least 1, got 0"),
         (lambda: FiniteDiscriminator(2, width=0), "width must be at least 1, got 0"),
-        (lambda: FiniteDiscriminator(2, learning_rate=-1), "learning_rate must be positive, got -1"),
+        (lambda: FiniteDiscriminator(2, learning_rate=-1), "learning_rate must be positive and finite, got -1"),
         (lambda: FiniteDiscriminator(2, n_steps=0), "n_steps must be at least 1, got 0"),
         (lambda: short(InfiniteDiscriminator(), n_steps=0), "n_steps must be at least 1, got 0"),
-        (lambda: short(InfiniteDiscriminator(), step_size=math.inf), "step_size must be positive, got inf"),
+        (lambda: short(InfiniteDiscriminator(), step_size=math.inf), "step_size must be positive and finite, got inf"),
         (lambda: short(InfiniteDiscriminator(), dtype="float16"), "dtype must be one of float32, float64"),
         (
             lambda: short(InfiniteDiscriminator(), generator_gram=np.eye(3)),
@@ -564,6 +580,19 @@ def test_a_descent_that_diverges_says_so():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_discriminator_is_trained_before_it_is_asked():
+    with pytest.raises(RuntimeError, match="not trained yet"):
+        InfiniteDiscriminator()(torch.zeros(1, 2))
+
+
+def test_scales_that_can_be_learned_leave_no_history():
+    """Particles are moved in place: with a history every step would keep the ones before it."""
+    kernels = [pykernels.NTK(1, bias_std=1.0, learnable=learnable) for learnable in (False, True)]
+    fixed, learnable = (descend(short(InfiniteDiscriminator(kernel, "lsgan"), n_steps=3)) for kernel in kernels)
+    np.testing.assert_array_equal(learnable.particles, fixed.particles)
+    assert not learnable.discriminator.weights.requires_grad
 
 
 @pytest.mark.gpu
@@ -641,6 +670,8 @@ def test_table():
         "loss": "ipm",
         "discriminator": "infinite",
         "kernel": "relu",
+        "generator": None,
+        "clouds": {"fake": 500},
         "n_steps": 20000,
         "step_size": 1e3,
     }
@@ -652,3 +683,6 @@ def test_table():
     other = descent_table([first, {**second, "loss": "hinge"}]).splitlines()
     assert other[2].endswith("| 1 | 1.00e-06 | 9.00e-07 | 2.00e-06 | 9.40e-07 ± 2.71e-07 |")
     assert other[3].endswith("| 1 | 2.00e-06 | 2.00e-06 |  |  |")
+    other = descent_table([first, {**second, "generator": "relu", "clouds": {"fake": 20}}]).splitlines()
+    assert other[3].startswith("| 8gaussians, 20 points | IPM | infinite | ReLU, generator ReLU | 20000 x 1000 | 1 |")
+    assert other[3].endswith("|  |  |")

@@ -269,3 +269,35 @@ def test_functional_forms():
         assert torch.equal(one, other)
     assert torch.equal(network.diag(x), pykernels.ntk_diag(x, **options))
     assert torch.equal(NTK(1, "relu", 1.3, 0.2).gram(x), pykernels.ntk_gram(x, weight_std=1.3, bias_std=0.2))
+
+
+def test_scales_are_numbers_of_any_kind():
+    """Of NumPy too, as a grid search has them, and in tensors with gradients."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    options = {"activation": ["relu", "erf"], "weight_std": 1.5, "bias_std": 0.5}
+    expected = pykernels.ntk_gram(x, **options)
+    for kind in (np.float32, np.array, torch.tensor, lambda s: torch.nn.Parameter(torch.tensor(s))):
+        scales = {"weight_std": kind(1.5), "bias_std": kind(0.5)}
+        assert torch.equal(pykernels.ntk_gram(x, **options | scales), expected)
+        assert torch.equal(NTK(np.int64(2), ["relu", "erf"], **scales).gram(x), expected)
+    assert torch.equal(pykernels.ntk_gram(x, **options | {"weight_std": np.full(3, 1.5)}), expected)
+    weight = torch.tensor(1.5, requires_grad=True)
+    pykernels.ntk_gram(x, **options | {"weight_std": weight}).sum().backward()
+    each = torch.full((3,), 1.5, requires_grad=True)
+    pykernels.ntk_gram(x, **options | {"weight_std": each}).sum().backward()
+    torch.testing.assert_close(weight.grad, each.grad.sum(), rtol=1e-6, atol=0)  # gradients of float32 scales
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["erf", "gelu", "sin", "rbf", "relu"])
+def test_constant_activations(name, backend):
+    """Of amplitude 0: the last layer sees its biases only, and so do gradients, which are not NaN."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    silent = NTK(2, ["relu", pykernels.Activation(name, amplitude=0.0)], bias_std=[1.0, 0.5], output_bias=False)
+    value, gradient = silent.witness(x, x, torch.ones(5, dtype=torch.float64), backend=backend)
+    assert value.abs().max() < 1e-15
+    assert gradient.abs().max() < 1e-15
+    flat = NTK(1, pykernels.Activation("erf", frequency=0.0, offset=2.0), weight_std=3.0, bias_std=1.0)
+    torch.testing.assert_close(flat.gram(x, kind="nngp", backend=backend), torch.full((5, 5), 36.0).double())
+    gradient = flat.witness(x, x, torch.ones(5, dtype=torch.float64), backend=backend)[1]
+    assert gradient.abs().max() < 1e-15

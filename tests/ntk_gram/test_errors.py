@@ -29,6 +29,8 @@ COMMON = [
     ({"x": X.numpy()}, TypeError, "^x must be a tensor, got ndarray"),
     ({"x": X.int()}, TypeError, r"^x must have a floating dtype, got torch\.int32"),
     ({"x": X.to(torch.complex64)}, TypeError, r"^x must have a floating dtype, got torch\.complex64"),
+    ({"x": X.to(torch.float8_e5m2)}, TypeError, r"^x must have a floating dtype of 16 bits or more, got torch\.float8"),
+    ({"x": X.to_sparse()}, TypeError, r"^x must be a dense tensor, got torch\.sparse_coo"),
     ({"x": X[0]}, ValueError, r"^x must have shape \(\.\.\., points, d\), got \(3,\)"),
     ({"x": torch.tensor(1.0)}, ValueError, r"^x must have shape .* got \(\)"),
     ({"z": Z.numpy()}, TypeError, "^[yz] must be a tensor, got ndarray"),
@@ -53,6 +55,7 @@ COMMON = [
     ({"weight_std": None}, TypeError, "^weight_std must be a number"),
     ({"weight_std": [1.0]}, ValueError, r"^weight_std must be one number or 2, .* got shape \(1,\)"),
     ({"weight_std": torch.tensor([1.0, -1.0])}, ValueError, "^weight_std must be at least 0 and finite, got"),
+    ({"weight_std": torch.ones(2, dtype=torch.cfloat)}, TypeError, r"^weight_std must be real numbers, got torch\.com"),
     ({"weight_std": torch.ones(3)}, ValueError, r"^weight_std must be one number or 2, .* got shape \(3,\)"),
     ({"bias_std": -0.1}, ValueError, "^bias_std must be at least 0 and finite, got -0.1"),
     ({"bias_std": [0.1, -0.1]}, ValueError, "^bias_std must be at least 0 and finite, got -0.1"),
@@ -80,7 +83,8 @@ def test_arguments(change, error, message, backend):
         (None, TypeError, "^[va] must be a tensor, got NoneType"),
         (V.numpy(), TypeError, "^[va] must be a tensor, got ndarray"),
         (A.int(), TypeError, r"^[va] must have a floating dtype, got torch\.int32"),
-        (A[:4], ValueError, r"^[va] must have shape \(5,\).* a number for each point of z, got \(4"),
+        (A[:4], ValueError, r"^(v must have shape \(5,\) or \(5, p\)|a must have shape \(5,\)), .*, got \(4,\)"),
+        (A.to_sparse(), TypeError, r"^[va] must be a dense tensor, got torch\.sparse_coo"),
         (torch.tensor(1.0), ValueError, r"^[va] must have shape \(5,\)"),
         (torch.ones(5, 2, 2), ValueError, r"^[va] must have shape \(5,\).* got \(5, 2, 2\)"),
         (A.to("meta"), ValueError, "^[va] must be on the device of x, cpu, got meta"),
@@ -189,3 +193,13 @@ def test_backends(name):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="triton"):
             run(backend="triton")
+
+
+def test_diagonals_take_the_options_of_their_neighbours():
+    expected = ntk_diag(X)
+    assert torch.equal(ntk_diag(X, precision="bf16", backend="cpu"), expected)
+    assert torch.equal(NTK(1).diag(X, precision="bf16", backend="cpu"), expected)
+    with pytest.raises(ValueError, match=r"^precision must be one of .* got 'float8'"):
+        ntk_diag(X, precision="float8")
+    with pytest.raises(ValueError, match=r"^backend must be one of .* got 'abacus'"):
+        ntk_diag(X, backend="abacus")

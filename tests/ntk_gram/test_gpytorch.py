@@ -183,3 +183,5 @@ def test_errors(options, message):
         NTKKernel(2, **options)
     with pytest.raises(ValueError, match=r"^bias_std is 0 and no hyperparameter; begin with a positive one$"):
         NTKKernel(2, bias_std=0.0).bias_std = 1.0
+    with pytest.raises(ValueError, match=r"^weight_std must be one number or have shape \(3,\), got \(2,\)$"):
+        NTKKernel(2).weight_std = [1.0, 1.0]

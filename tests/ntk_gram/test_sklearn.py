@@ -215,3 +215,12 @@ def test_a_missing_package_is_named(name: str, package: str, extra: str, monkeyp
     own = spec_from_file_location(f"pykernels.{name}", Path(pykernels.__file__).with_name(f"{name}.py"))
     with pytest.raises(ModuleNotFoundError, match=rf"^pykernels\.{name} needs {package}: run pip .*'\.\[{extra}\]'"):
         own.loader.exec_module(module_from_spec(own))
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg"])
+def test_cases_that_overflow(solver):
+    X, y = data(10)
+    with pytest.raises(
+        ValueError, match=r"^X is too large: the kernel of a case with itself is not finite in float32$"
+    ):
+        NTKRegressor(solver=solver, dtype="float32").fit(1e30 * X, y)

@@ -280,3 +280,16 @@ def test_gradients_of_the_witness_by_rows():
     parameters = reference.primary(reference.rows(log_q.exp(), *scales, options), options)
     (along,) = torch.autograd.grad(parameters, log_q, rows)
     assert error((gradients * augmented).sum(-1).detach(), 2 * along) <= 1e-14
+
+
+def test_negated_views():
+    """The bit that torch keeps for them is heeded, and strides are those of what the kernels get."""
+    x = torch.randn(5, 9, dtype=torch.complex64).conj().imag[:, :3]
+    assert x.is_neg()
+    y, z = x.resolve_neg().clone(), torch.randn(4, 3)
+    for of_view, of_copy in (
+        (ntk_gram(x, z, backend="triton"), ntk_gram(y, z, backend="triton")),
+        (ntk_matvec(z, x, x, backend="triton"), ntk_matvec(z, y, y, backend="triton")),
+        (ntk_witness(z, x, x[:, 0], backend="triton")[1], ntk_witness(z, y, y[:, 0], backend="triton")[1]),
+    ):
+        assert torch.equal(of_view, of_copy)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 #: The activations whose kernels are known, with what they take and its defaults.
 PARAMETERS: dict[str, dict[str, float]] = {
@@ -105,17 +106,19 @@ class Activation:
         return self.name
 
 
-def _branch(name: str, parameters: dict[str, float]) -> Branch:
+def _branch(name: str, parameters: dict[str, Any]) -> Branch:
     values = dict(PARAMETERS[name])
     for key, value in parameters.items():
         if key not in values:
             raise TypeError(f"{name} takes {', '.join(values) or 'no parameters'}; got {key!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{key} of {name} must be a number, got {type(value).__name__}")
         if not math.isfinite(value) or (key == "gamma" and value < 0):
             raise ValueError(f"{key} of {name} must be finite{' and not negative' * (key == 'gamma')}, got {value}")
         values[key] = float(value)
     a = values.get("amplitude", 1.0)
+    if a == 0 or (name == "erf" and values["frequency"] == 0):  # a constant, whose directions would be 0 / 0
+        return Branch(IDENTITY, (0.0, 1.0, 0.0), values.get("offset", 0.0))
     if name == "sigmoid_like":
         return Branch(ERF, (0.5, 1 / SIGMOID_SCALE, 0.0), 0.5)
     if name == "erf":

@@ -102,7 +102,9 @@ def _witness(
 def _of_points(gradients: Tensor, problem: Problem) -> Tensor:
     """From those of the vectors :func:`reference.augment`."""
     d = problem.x.shape[-1]
-    return gradients[..., :d] * (problem.weight_std[0] / math.sqrt(max(d, 1))).to(gradients)
+    scale = problem.weight_std[0] / math.sqrt(max(d, 1))
+    # A number on the host stays there: a graph that is being captured takes no copy of it.
+    return gradients[..., :d] * (scale if scale.device.type == "cpu" else scale.to(gradients.device))
 
 
 class _Sums:
@@ -116,22 +118,16 @@ class _Sums:
     def add(self, left: Tensor | None, right: Tensor | None, dense: Tensor | None, kind: int) -> None:
         """With weights left right^T or dense."""
         x, y, *scales = self.problem
-
-        def transposed(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.mT
-
         if y is None:
-            both = None
             if left is not None and right is not None:
                 left, right = torch.cat((left, right), -1), torch.cat((right, left), -1)
-            if dense is not None:
-                both = dense + dense.mT
+            both = None if dense is None else dense + dense.mT
             self._side(0, self.problem, left, right, both, kind)
             return
         if self.needed[0] or self.scales:
             self._side(0, self.problem, left, right, dense, kind)
         if self.needed[1] or self.scales:
-            self._side(1, Problem(y, x, *scales), right, left, transposed(dense), kind)
+            self._side(1, Problem(y, x, *scales), right, left, None if dense is None else dense.mT, kind)
 
     def _side(
         self, which: int, problem: Problem, left: Tensor | None, right: Tensor | None, dense: Tensor | None, kind: int

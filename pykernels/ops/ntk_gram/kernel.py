@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,11 +18,21 @@ from pykernels.backends import YES, Answer, Check, Implementation, Operator, reg
 from pykernels.ops import _op
 from pykernels.ops._check import compare
 from pykernels.ops.ntk_gram import autograd, cost, reference
-from pykernels.ops.ntk_gram.activations import KINDS, PRECISIONS, Activation, Options, network
+from pykernels.ops.ntk_gram.activations import KINDS, PRECISIONS, Activation, Options
+from pykernels.ops.ntk_gram.activations import network as options_of
 from pykernels.ops.ntk_gram.reference import Problem
 
 Activations = str | Activation | Sequence[str | Activation]
-Scales = float | Sequence[float] | Tensor
+Scales = float | Sequence[float] | npt.NDArray[Any] | Tensor
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Network(NamedTuple):
+    """An infinitely wide network, its scales being float64, (depth + 1,); one without an output bias has a 0 there."""
+
+    activations: tuple[Activation, ...]
+    weight_std: Tensor
+    bias_std: Tensor
 
 
 def ntk_gram(
@@ -38,11 +51,12 @@ def ntk_gram(
     :meth:`pykernels.NTK.gram` as a function; that class explains networks, scales and conventions.
 
     Args:
-        x: (..., N, d), of a floating dtype. Computed in float32 at least.
-        y: (..., M, d) with the leading dimensions of x, or None for x itself: then half of the work is done.
+        x: (..., N, d), of a floating dtype of 16 bits at least.
+        y: (..., M, d) with the leading dimensions of x, or None for x itself: then half of the work is done. Computed
+            in the wider one of both dtypes, and in float32 at least.
         activation: of each hidden layer: a name, an :class:`~pykernels.Activation`, or a sequence of them, one for each
             layer; none of them is the linear kernel.
-        weight_std: a number, or one for each layer and the output layer, (L + 1,).
+        weight_std: a number, or one for each hidden layer and the output layer, (L + 1,).
         bias_std: likewise; a number is that of the hidden layers, and the output layer then has no bias.
         kind: ``"ntk"``, ``"nngp"`` or ``"both"``.
         precision: of the inner products of float32 points: ``"float32"``, ``"tf32"`` or ``"bf16"``.
@@ -56,7 +70,7 @@ def ntk_gram(
         ValueError: if an argument has the wrong shape, device or value.
         RuntimeError: if the backend asked for by name cannot run the call.
     """
-    return gram(x, y, *arranged(activation, weight_std, bias_std), kind, precision, backend)
+    return gram(x, y, network_of(activation, weight_std, bias_std), kind, precision, backend)
 
 
 def ntk_matvec(
@@ -76,7 +90,7 @@ def ntk_matvec(
     Args:
         x: (..., N, d).
         z: (..., M, d).
-        v: (..., M) or (..., M, p).
+        v: (..., M) or (..., M, p), of a floating dtype; rounded to the one that is computed in.
         activation, weight_std, bias_std, precision, backend: as in :func:`ntk_gram`.
         kind: ``"ntk"`` or ``"nngp"``.
 
@@ -86,7 +100,7 @@ def ntk_matvec(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ntk_gram`.
     """
-    return matvec(x, z, v, *arranged(activation, weight_std, bias_std), kind, precision, backend)
+    return matvec(x, z, v, network_of(activation, weight_std, bias_std), kind, precision, backend)
 
 
 def ntk_witness(
@@ -106,7 +120,7 @@ def ntk_witness(
     Args:
         x: (..., N, d).
         z: (..., M, d), constant in the gradient, even where it is x.
-        a: (..., M).
+        a: (..., M), as ``v`` of :func:`ntk_matvec`.
         activation, weight_std, bias_std, precision, backend: as in :func:`ntk_gram`.
         kind: ``"ntk"`` or ``"nngp"``.
 
@@ -116,7 +130,7 @@ def ntk_witness(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`ntk_gram`.
     """
-    return witness(x, z, a, *arranged(activation, weight_std, bias_std), kind, precision, backend)
+    return witness(x, z, a, network_of(activation, weight_std, bias_std), kind, precision, backend)
 
 
 def ntk_diag(
@@ -126,20 +140,24 @@ def ntk_diag(
     weight_std: Scales = 1.0,
     bias_std: Scales = 0.0,
     kind: str = "ntk",
+    precision: str = "float32",
+    backend: str | None = None,
 ) -> Any:
     """k(x_i, x_i): :meth:`pykernels.NTK.diag`.
 
     Args:
         x: (..., N, d).
         activation, weight_std, bias_std, kind: as in :func:`ntk_gram`.
+        precision, backend: as there, and checked as there; but a diagonal takes no inner products of two points, and is
+            computed by PyTorch on every backend.
 
     Returns:
         (..., N) in the dtype of x; for both kinds ``(nngp, ntk)``.
 
     Raises:
-        TypeError, ValueError: as :func:`ntk_gram`.
+        TypeError, ValueError, RuntimeError: as :func:`ntk_gram`.
     """
-    return diag(x, *arranged(activation, weight_std, bias_std), kind)
+    return diag(x, network_of(activation, weight_std, bias_std), kind, precision, backend)
 
 
 def activations_of(activation: Activations, depth: int | None = None) -> tuple[Activation, ...]:
@@ -155,127 +173,89 @@ def activations_of(activation: Activations, depth: int | None = None) -> tuple[A
 
 
 def scales_of(value: Scales, name: str, layers: int, output: bool = True) -> Tensor:
-    """In float64, (layers,); a number is that of all, or of all but the last one."""
+    """In float64, (layers,); a single number is that of all, without ``output`` of all but the last one."""
     if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be real numbers, got {value.dtype}")
         scales = value.double()
+        if _op.reads_values(scales, None) and not bool((scales >= 0).all() & scales.isfinite().all()):
+            raise ValueError(f"{name} must be at least 0 and finite, got {scales.tolist()}")
     else:
-        numbers = list(value) if isinstance(value, Sequence) else [value] * layers
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
+        given: Any = value.tolist() if isinstance(value, np.ndarray) else value
+        for number in given if isinstance(given, Sequence) else (given,):
+            if isinstance(number, bool) or not isinstance(number, Real):
                 raise TypeError(f"{name} must be a number, a sequence of numbers or a tensor, got {value!r}")
-            if not 0 <= number < math.inf:
+            if not 0 <= float(number) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {number}")
-        if not isinstance(value, Sequence) and not output:
-            numbers[-1] = 0.0
-        scales = torch.tensor(numbers, dtype=torch.float64)
+        scales = torch.tensor(given, dtype=torch.float64)
+    if scales.dim() == 0:
+        return scales.expand(layers) if output else torch.cat((scales.expand(layers - 1), scales.new_zeros(1)))
     if scales.shape != (layers,):
         raise ValueError(
-            f"{name} must be one number or {layers}, for the hidden layers and the output layer, "
+            f"{name} must be one number or {layers}, one for each layer with a {name.removesuffix('_std')}, "
             f"got shape {tuple(scales.shape)}"
         )
-    if (
-        isinstance(value, Tensor)
-        and _op.reads_values(scales, None)
-        and not bool((scales >= 0).all() & scales.isfinite().all())
-    ):
-        raise ValueError(f"{name} must be at least 0 and finite, got {scales.tolist()}")
     return scales
 
 
-def arranged(
-    activation: Activations, weight_std: Scales, bias_std: Scales
-) -> tuple[tuple[Activation, ...], Tensor, Tensor]:
+def network_of(activation: Activations, weight_std: Scales, bias_std: Scales) -> Network:
     activations = activations_of(activation)
     layers = len(activations) + 1
-    return activations, scales_of(weight_std, "weight_std", layers), scales_of(bias_std, "bias_std", layers, False)
+    scales = scales_of(weight_std, "weight_std", layers), scales_of(bias_std, "bias_std", layers, output=False)
+    return Network(activations, *scales)
 
 
-def gram(
-    x: Tensor,
-    y: Tensor | None,
-    activations: tuple[Activation, ...],
-    weight_std: Tensor,
-    bias_std: Tensor,
-    kind: str,
-    precision: str,
-    backend: str | None,
-) -> Any:
-    options = _options(activations, kind, precision, both=True)
-    problem, lead = _problem(x, y, "y", weight_std, bias_std)
+def gram(x: Tensor, y: Tensor | None, network: Network, kind: str, precision: str, backend: str | None) -> Any:
+    options = _options(network, kind, precision, both=True)
+    problem, lead = _problem(x, y, "y", network)
     kernels = select(_GRAM, backend, problem, options).run(problem, options)
     found = [_restored(k, x, lead) for k in kernels]
     return (found[0], found[1]) if kind == "both" else found[0]
 
 
-def matvec(
-    x: Tensor,
-    z: Tensor,
-    v: Tensor,
-    activations: tuple[Activation, ...],
-    weight_std: Tensor,
-    bias_std: Tensor,
-    kind: str,
-    precision: str,
-    backend: str | None,
-) -> Tensor:
-    options = _options(activations, kind, precision)
-    problem, lead = _problem(x, z, "z", weight_std, bias_std)
-    if not isinstance(v, Tensor):
-        raise TypeError(f"v must be a tensor, got {type(v).__name__}")
-    column = v.dim() == z.dim() - 1
-    factor = _factor(v.unsqueeze(-1) if column and v.dim() > 0 else v, "v", z, problem.x.dtype, None)
+def matvec(x: Tensor, z: Tensor, v: Tensor, network: Network, kind: str, precision: str, backend: str | None) -> Tensor:
+    options = _options(network, kind, precision)
+    problem, lead = _problem(x, z, "z", network)
+    factor = _factor(v, "v", z, problem.x.dtype, matrix=True)
     product = select(_MATVEC, backend, problem, factor, options).run(problem, factor, options)
-    return _restored(product.squeeze(-1) if column else product, x, lead)
+    return _restored(product.squeeze(-1) if v.dim() < z.dim() else product, x, lead)
 
 
 def witness(
-    x: Tensor,
-    z: Tensor,
-    a: Tensor,
-    activations: tuple[Activation, ...],
-    weight_std: Tensor,
-    bias_std: Tensor,
-    kind: str,
-    precision: str,
-    backend: str | None,
+    x: Tensor, z: Tensor, a: Tensor, network: Network, kind: str, precision: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    options = _options(activations, kind, precision)
-    problem, lead = _problem(x, z, "z", weight_std, bias_std)
-    if not isinstance(a, Tensor):
-        raise TypeError(f"a must be a tensor, got {type(a).__name__}")
-    if a.dim() != z.dim() - 1:
-        raise ValueError(f"a must have shape {tuple(z.shape[:-1])}, a number for each point of z, got {tuple(a.shape)}")
-    factor = _factor(a.unsqueeze(-1), "a", z, problem.x.dtype, 1).squeeze(-1)
+    options = _options(network, kind, precision)
+    problem, lead = _problem(x, z, "z", network)
+    factor = _factor(a, "a", z, problem.x.dtype, matrix=False).squeeze(-1)
     values, gradients = select(_WITNESS, backend, problem, factor, options).run(problem, factor, options)
     return _restored(values, x, lead), _restored(gradients, x, lead)
 
 
-def diag(x: Tensor, activations: tuple[Activation, ...], weight_std: Tensor, bias_std: Tensor, kind: str) -> Any:
-    options = _options(activations, kind, "float32", both=True)
-    problem, lead = _problem(x, None, "y", weight_std, bias_std)
+def diag(x: Tensor, network: Network, kind: str, precision: str, backend: str | None) -> Any:
+    options = _options(network, kind, precision, both=True)
+    problem, lead = _problem(x, None, "y", network)
+    if backend is not None:  # one that could not run the Gram matrix raises here too
+        select(_GRAM, backend, problem, options)
     found = [_restored(k, x, lead) for k in reference.diagonal(problem, options)]
     return (found[0], found[1]) if kind == "both" else found[0]
 
 
-def _options(activations: tuple[Activation, ...], kind: str, precision: str, both: bool = False) -> Options:
+def _options(network: Network, kind: str, precision: str, both: bool = False) -> Options:
     kinds = tuple(KINDS) if both else ("nngp", "ntk")
     for value, name, known in ((kind, "kind", kinds), (precision, "precision", PRECISIONS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return network(activations, kind, precision)
+    return options_of(network.activations, kind, precision)
 
 
-def _problem(
-    x: Tensor, y: Tensor | None, name: str, weight_std: Tensor, bias_std: Tensor
-) -> tuple[Problem, tuple[int, ...]]:
-    """With one batch dimension, and the leading dimensions that there were."""
+def _problem(x: Tensor, y: Tensor | None, name: str, network: Network) -> tuple[Problem, tuple[int, ...]]:
+    """With one batch dimension, and the leading dimensions that there were. ``name`` is that of ``y``."""
     for key, points in (("x", x), (name, y)):
         if points is None and key == "y":
             continue
         if not isinstance(points, Tensor):
             raise TypeError(f"{key} must be a tensor, got {type(points).__name__}")
-        if not points.dtype.is_floating_point:
-            raise TypeError(f"{key} must have a floating dtype, got {points.dtype}")
+        _check_numbers(points, key)
         if points.dim() < 2:
             raise ValueError(f"{key} must have shape (..., points, d), got {tuple(points.shape)}")
     lead = tuple(x.shape[:-2])
@@ -293,19 +273,32 @@ def _problem(
         points = points if points.dtype == dtype else points.to(dtype)
         return points.unsqueeze(0) if not lead else points if len(lead) == 1 else points.flatten(0, -3)
 
-    return Problem(batched(x), None if y is None else batched(y), weight_std, bias_std), lead
+    return Problem(batched(x), None if y is None else batched(y), network.weight_std, network.bias_std), lead
 
 
-def _factor(v: Tensor, name: str, z: Tensor, dtype: torch.dtype, columns: int | None) -> Tensor:
-    """(B, M, p)."""
-    wanted = f"{tuple(z.shape[:-1])}" + (" or with another dimension" if columns is None else "")
-    if v.dim() != z.dim() or v.shape[:-1] != z.shape[:-1]:
-        shape = tuple(v.shape[:-1] if columns == 1 else v.shape)
-        raise ValueError(f"{name} must have shape {wanted}, a number for each point of z, got {shape}")
-    if not v.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a floating dtype, got {v.dtype}")
+def _check_numbers(t: Tensor, name: str) -> None:
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must have a floating dtype{' of 16 bits or more' * t.is_floating_point()}, got {t.dtype}"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
+
+
+def _factor(v: Tensor, name: str, z: Tensor, dtype: torch.dtype, matrix: bool) -> Tensor:
+    """(B, M, p), where p = 1 for a vector."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
+    vector = v.shape == z.shape[:-1]
+    if not (vector or (matrix and v.shape[:-1] == z.shape[:-1])):
+        columns = f" or ({', '.join(map(str, z.shape[:-1]))}, p)" * matrix
+        raise ValueError(
+            f"{name} must have shape {tuple(z.shape[:-1])}{columns}, a number for each point of z, got {tuple(v.shape)}"
+        )
+    _check_numbers(v, name)
     if v.device != z.device:
         raise ValueError(f"{name} must be on the device of x, {z.device}, got {v.device}")
+    v = v.unsqueeze(-1) if vector else v
     v = v if v.dtype == dtype else v.to(dtype)
     return v.unsqueeze(0) if v.dim() == 2 else v if v.dim() == 3 else v.flatten(0, -3)
 

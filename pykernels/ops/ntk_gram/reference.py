@@ -27,13 +27,15 @@ import torch
 from torch import Tensor
 
 from pykernels.ops._autograd import transforming
-from pykernels.ops.ntk_gram.activations import ERF, GELU, IDENTITY, LEAKY_RELU, RBF, SIN, Branch, Options
+from pykernels.ops.ntk_gram.activations import ERF, GELU, IDENTITY, LEAKY_RELU, RBF, RELU, SIN, Branch, Options
 
 #: Variances below this are taken for it; so is no bias of the first layer, which gives zero vectors a direction,
 #: that of the bias, and gradients.
 LEAST_VARIANCE = 1e-36
 #: Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 NEAR = 0.02
+#: Rounding that smooth layers, whose slopes may be above 1, amplify when more of them than this are left.
+STEADY = 3
 _CHUNK = 1 << 22  # elements of a temporary
 
 
@@ -199,13 +201,14 @@ def cells(e: Tensor, f: Tensor, x: Rows, y: Rows, options: Options) -> tuple[Ten
     rho = tangent
     layers = options.layers()
     for i, layer in enumerate(layers):
-        smooth_from_here = all(b.code not in (1, LEAKY_RELU) for later in layers[i + 1 :] for b in later)
+        rough = any(b.code in (RELU, LEAKY_RELU) for later in layers[i + 1 :] for b in later)
+        stable = rough or len(layers) - i > STEADY
         bias_difference = (x.layers[i].s - y.layers[i].s).square() / 4
         bias_total = (x.layers[i].s + y.layers[i].s).square() / 4
         next_e, next_f, slope = bias_difference, bias_total, torch.zeros_like(e)
         keeps_f = False
         for branch, bx, by in zip(layer, x.layers[i].branches, y.layers[i].branches, strict=True):
-            e_phi, f_phi, d_phi = _pair(branch, e, f, bx, by, not smooth_from_here)
+            e_phi, f_phi, d_phi = _pair(branch, e, f, bx, by, stable)
             cc = bx.c * by.c
             apart = (bx.c - by.c).square() / 4
             next_e = next_e + cc * e_phi + apart

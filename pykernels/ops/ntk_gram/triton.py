@@ -360,10 +360,10 @@ def half_angles(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
 ):
-    """e and f of the tile: sin^2 and cos^2 of half of the angle."""
+    """e and f of the tile of points i and j: sin^2 and cos^2 of half of the angle."""
+    BLOCK_N: tl.constexpr = i.shape[0]
+    BLOCK_M: tl.constexpr = j.shape[0]
     if K_FEW > 0:
         e = tl.zeros((BLOCK_N, BLOCK_M), ACC)
         f = tl.zeros((BLOCK_N, BLOCK_M), ACC)
@@ -681,21 +681,8 @@ def ntk_gram_tiles(
     i, j = row * BLOCK_N + tl.arange(0, BLOCK_N), column * BLOCK_M + tl.arange(0, BLOCK_M)
     # Beyond the end, the last point stands for those that do not exist.
     inside_i, inside_j = tl.minimum(i, n - 1), tl.minimum(j, m - 1)
-    e, f = half_angles(
-        ux + b * n * KP,
-        uy + b * m * KP,
-        inside_i,
-        inside_j,
-        d,
-        K_FEW,
-        KP,
-        BLOCK_D,
-        OPERAND,
-        PRECISION,
-        ACC,
-        BLOCK_N,
-        BLOCK_M,
-    )
+    of_x, of_y = ux + b * n * KP, uy + b * m * KP
+    e, f = half_angles(of_x, of_y, inside_i, inside_j, d, K_FEW, KP, BLOCK_D, OPERAND, PRECISION, ACC)
     x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, SCALE + 1, SCALE + 1, b)
     cosine, tangent = through_layers(e, f, x, y, RUNS)
     scale = parameter(x, SCALE) * parameter(y, SCALE)
@@ -745,27 +732,14 @@ def ntk_gram_product(
     batches = tl.num_programs(0) // (splits * factors * blocks)
     i = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_i = tl.minimum(i, n - 1)
+    of_x, of_y = ux + b * n * KP, uy + b * m * KP
     p = factor * BLOCK_P + tl.arange(0, BLOCK_P)
     total = tl.zeros((BLOCK_N, BLOCK_P), ACC)
     tiles = tl.cdiv(m, BLOCK_M)
     for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside_j = tl.minimum(j, m - 1)
-        e, f = half_angles(
-            ux + b * n * KP,
-            uy + b * m * KP,
-            inside_i,
-            inside_j,
-            d,
-            K_FEW,
-            KP,
-            BLOCK_D,
-            OPERAND,
-            PRECISION,
-            ACC,
-            BLOCK_N,
-            BLOCK_M,
-        )
+        e, f = half_angles(of_x, of_y, inside_i, inside_j, d, K_FEW, KP, BLOCK_D, OPERAND, PRECISION, ACC)
         x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, SCALE + 1, SCALE + 1, b)
         cosine, tangent = through_layers(e, f, x, y, RUNS)
         kernel = parameter(y, SCALE) * (tangent if KIND == 1 else cosine)
@@ -786,30 +760,14 @@ def ntk_gram_product(
 
 
 @triton.jit
-def weights_of(
-    left,
-    right,
-    dense,
-    b,
-    i,
-    j,
-    n,
-    m,
-    columns,
-    stride_b,
-    stride_n,
-    stride_m,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def weights_of(left, right, dense, b, i, j, n, m, columns, strides, ACC: tl.constexpr):
     """W_ij of a tile, 0 beyond the last row and column."""
     exists_i, exists_j = (i < n)[:, None], (j < m)[None, :]
     if dense is not None:
-        at = dense + b * stride_b + i[:, None] * stride_n + j[None, :] * stride_m
+        at = dense + b * strides[0] + i[:, None] * strides[1] + j[None, :] * strides[2]
         return tl.load(at, mask=exists_i & exists_j, other=0.0)
     else:
-        total = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+        total = tl.zeros((i.shape[0], j.shape[0]), ACC)
         for p in range(columns):
             weight = tl.load(right + (b * m + j[None, :]) * columns + p, mask=exists_j, other=0.0)
             if left is not None:
@@ -931,28 +889,10 @@ def ntk_gram_witness(
     for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
         j = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside_j = tl.minimum(j, m - 1)
-        e, f = half_angles(
-            of_x, of_y, inside_i, inside_j, d, K_FEW, KP, BLOCK_D, OPERAND, PRECISION, ACC, BLOCK_N, BLOCK_M
-        )
+        e, f = half_angles(of_x, of_y, inside_i, inside_j, d, K_FEW, KP, BLOCK_D, OPERAND, PRECISION, ACC)
         x, y = sides_of(rows_x, rows_y, inside_i, inside_j, n, m, ALL, SCALE + 1, b)
-        weights = weights_of(
-            left,
-            right,
-            dense,
-            b,
-            i,
-            j,
-            n,
-            m,
-            columns,
-            dense_stride_b,
-            dense_stride_n,
-            dense_stride_m,
-            BLOCK_N,
-            BLOCK_M,
-            ACC,
-        )
-        weights *= parameter(y, SCALE)
+        strides = (dense_stride_b, dense_stride_n, dense_stride_m)
+        weights = weights_of(left, right, dense, b, i, j, n, m, columns, strides, ACC) * parameter(y, SCALE)
 
         first_e, first_f = e, f
         tangent = f - e
@@ -1045,11 +985,6 @@ def scales_on(device: torch.device, scales: Tensor) -> Tensor:
     return _scales_on(device, tuple(scales.tolist()))
 
 
-class Side(NamedTuple):
-    unit: Tensor  # (B, N, KP)
-    rows: Tensor  # (B, R, N)
-
-
 class Plan:
     """What the kernels are told about one call."""
 
@@ -1090,22 +1025,24 @@ class Plan:
             return 32, 8
         return (64, 8) if simple and pairs >= ENOUGH_PROGRAMS * 64 * 64 else (32, 4)
 
-    def index(self, *sizes: int) -> tl.dtype:
-        """The type that holds every offset."""
-        return tl.int32 if max(sizes) < INT32_LIMIT else tl.int64
+    def index(self, *tensors: Tensor | None) -> tl.dtype:
+        """The type that holds every offset in these."""
+        spans = [sum((s - 1) * t for s, t in zip(a.shape, a.stride(), strict=True)) for a in tensors if a is not None]
+        return tl.int32 if max(spans) < INT32_LIMIT else tl.int64
 
-    def side(self, points: Tensor, derivatives: bool) -> Side:
+    def side(self, points: Tensor, derivatives: bool) -> tuple[Tensor, Tensor]:
+        """Unit vectors (B, N, KP) and row parameters (B, R, N)."""
+        points = points.resolve_neg()
         batch, n, d = points.shape
         columns = self.layout.all if derivatives else self.layout.columns
         unit = torch.empty((batch, n, self.kp), dtype=self.storage, device=self.device)
         rows = torch.empty((batch, columns, n), dtype=self.dtype, device=self.device)
         blocks = triton.cdiv(n, 32)
-        spans = (sum((s - 1) * t for s, t in zip(points.shape, points.stride(), strict=True)), unit.numel())
         launch(
             self.device,
             ntk_gram_rows,
             batch * blocks,
-            points=points.resolve_neg(),
+            points=points,
             weight_std=scales_on(self.device, self.problem.weight_std),
             bias_std=scales_on(self.device, self.problem.bias_std),
             unit=unit,
@@ -1127,16 +1064,16 @@ class Plan:
             BLOCK_N=32,
             BLOCK_D=min(self.kp, 32),
             ACC=self.acc,
-            INDEX=self.index(*spans, rows.numel()),
+            INDEX=self.index(points, unit, rows),
         )
-        return Side(unit, rows)
+        return unit, rows
 
-    def sides(self, derivatives: bool = False) -> tuple[Side, Side]:
-        """Derivatives belong to x alone."""
-        x = self.side(self.problem.x, derivatives)
-        if self.problem.y is None and not derivatives:
-            return x, x
-        return x, self.side(self.problem.x if self.problem.y is None else self.problem.y, False)
+    def sides(self, derivatives: bool = False) -> dict[str, Tensor]:
+        """What the kernels know of both sides. Derivatives belong to x alone."""
+        x = y = self.side(self.problem.x, derivatives)
+        if self.problem.y is not None or derivatives:
+            y = self.side(self.problem.x if self.problem.y is None else self.problem.y, False)
+        return {"ux": x[0], "uy": y[0], "rows_x": x[1], "rows_y": y[1]}
 
 
 def gram(problem: Problem, options: Options) -> Tensor:
@@ -1145,7 +1082,7 @@ def gram(problem: Problem, options: Options) -> Tensor:
     if found.numel() == 0:
         return found
     plan = Plan(problem, options)
-    x, y = plan.sides()
+    sides = plan.sides()
     block, warps = plan.tile()
     rows, columns = triton.cdiv(plan.n, block), triton.cdiv(plan.m, block)
     symmetric = problem.y is None
@@ -1154,10 +1091,6 @@ def gram(problem: Problem, options: Options) -> Tensor:
         plan.device,
         ntk_gram_tiles,
         plan.batch * tiles,
-        ux=x.unit,
-        uy=y.unit,
-        rows_x=x.rows,
-        rows_y=y.rows,
         gram=found,
         tiles=tiles,
         columns=columns,
@@ -1167,8 +1100,9 @@ def gram(problem: Problem, options: Options) -> Tensor:
         SYMMETRIC=symmetric,
         BLOCK_N=block,
         BLOCK_M=block,
-        INDEX=plan.index(found.numel(), *(t.numel() for t in (*x, *y))),
+        INDEX=plan.index(found, *sides.values()),
         num_warps=warps,
+        **sides,
         **plan.choices,
     )
     return found
@@ -1186,7 +1120,8 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
     shape = (plan.batch, plan.n, columns)
     if 0 in (*shape, plan.m):
         return problem.x.new_zeros(shape)
-    x, y = plan.sides()
+    sides = plan.sides()
+    v = v.resolve_neg().contiguous()
     block_p = min(triton.next_power_of_2(columns), MOST_COLUMNS)
     block_p = block_p if block_p <= 4 else max(16, block_p)
     block, warps = plan.tile()
@@ -1197,11 +1132,7 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
         plan.device,
         ntk_gram_product,
         plan.batch * blocks * factors * splits,
-        ux=x.unit,
-        uy=y.unit,
-        rows_x=x.rows,
-        rows_y=y.rows,
-        v=v.resolve_neg().contiguous(),
+        v=v,
         found=found,
         blocks=blocks,
         columns=columns,
@@ -1212,8 +1143,9 @@ def matvec(problem: Problem, v: Tensor, options: Options) -> Tensor:
         BLOCK_N=block,
         BLOCK_M=block,
         BLOCK_P=block_p,
-        INDEX=plan.index(found.numel(), v.numel(), *(t.numel() for t in (*x, *y))),
+        INDEX=plan.index(found, v, *sides.values()),
         num_warps=warps,
+        **sides,
         **plan.choices,
     )
     return found[0] if splits == 1 else found.sum(0)
@@ -1228,7 +1160,7 @@ def witness(
     new = problem.x.new_zeros
     if plan.batch * plan.n * plan.m == 0:
         return new(shapes[0]), new(shapes[1]), new(shapes[2]) if rows else None
-    x, y = plan.sides(derivatives=True)
+    sides = plan.sides(derivatives=True)
     wide = plan.dtype == torch.float64
     block_n, block_m = 16 if wide else 32, 32
     most = MOST_COMPONENTS // 2 if wide else MOST_COMPONENTS
@@ -1237,20 +1169,15 @@ def witness(
     splits = split_into(plan.batch * blocks * parts, triton.cdiv(plan.m, block_m))
     values, gradients = (problem.x.new_empty((splits, *shape)) for shape in shapes[:2])
     sums = new((splits, *shapes[2])) if rows else None
+    left, right = (None if t is None else t.resolve_neg().contiguous() for t in (left, right))
     dense = None if dense is None else dense.resolve_neg()
     strides = (0, 0, 0) if dense is None else dense.stride()
-    span = 0 if dense is None else sum((s - 1) * abs(t) for s, t in zip(dense.shape, dense.stride(), strict=True))
-    sizes = (t.numel() for t in (*x, *y, gradients, left, right, sums) if t is not None)
     launch(
         plan.device,
         ntk_gram_witness,
         plan.batch * blocks * parts * splits,
-        ux=x.unit,
-        uy=y.unit,
-        rows_x=x.rows,
-        rows_y=y.rows,
-        left=None if left is None else left.resolve_neg().contiguous(),
-        right=None if right is None else right.resolve_neg().contiguous(),
+        left=left,
+        right=right,
         dense=dense,
         values=values,
         gradients=gradients,
@@ -1270,8 +1197,9 @@ def witness(
         BLOCK_N=block_n,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
-        INDEX=plan.index(span, *sizes),
+        INDEX=plan.index(gradients, left, right, dense, sums, *sides.values()),
         num_warps=8,
+        **sides,
         **plan.choices,
     )
     if splits == 1:
