@@ -275,14 +275,12 @@ PK_INLINE void half_angles(const T* rho, const T* x, const T* y, Index features,
             e[u] = half - half * product;
             f[u] = half + half * product;
         }
-        Vec<T> most = f[0];
-#pragma GCC unroll 4
-        for (int u = 1; u < U; ++u) most = greatest(most, f[u]);
+        Vec<T> most(T(0));
+        PK_EACH_VECTOR most = greatest(f[u], most);  // NaN is left out
         if (any_greater(most, far)) correct<T, U, false>(x, y, features, e, f);
     }
-    Vec<T> most = e[0];
-#pragma GCC unroll 4
-    for (int u = 1; u < U; ++u) most = greatest(most, e[u]);
+    Vec<T> most(T(0));
+    PK_EACH_VECTOR most = greatest(e[u], most);
     if (any_greater(most, far)) correct<T, U, true>(x, y, features, f, e);
 }
 
@@ -457,11 +455,14 @@ constexpr Index rows_of(Index features) { return features <= 64 ? 16 : 48; }
 
 template <class T>
 PK_INLINE double sum_of_lanes(Vec<T> x) {
-    T lane[folded_lanes<T>];
-    store_folded(lane, x);
-    double sum = 0;
-    for (const T value : lane) sum += static_cast<double>(value);
-    return sum;
+    T lane[Vec<T>::lanes];
+    x.store(lane);
+    double parts[2] = {};  // no lane is left out: all capabilities have an even number of them
+    for (int i = 0; i < Vec<T>::lanes; i += 2) {
+        parts[0] += static_cast<double>(lane[i]);
+        parts[1] += static_cast<double>(lane[i + 1]);
+    }
+    return parts[0] + parts[1];
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 //   e' = sum of [c_x c_y e_phi(e) + (c_x - c_y)^2 / 4] + (s_x - s_y)^2 / 4
 //   T' = 1 - 2 e' + T sum of c_x c_y d_phi(e),        d_phi = d e_phi / d e
 //
-// theta is a function of h = min(e, f) = sin(theta/2)^2 <= 1/2, fitted to 3e-9 (float) and 3e-17 (double).
+// Functions of theta are those of h = min(e, f) = sin(theta/2)^2 <= 1/2, fitted to 1e-8 (float) and 2e-17 (double).
 #pragma once
 
 #include "common/arrays.hpp"
@@ -83,46 +83,36 @@ PK_INLINE Vec<double> angle_polynomial(Vec<double> h) {
     return polynomial(c, h);
 }
 
-// theta / pi, the bend (sin theta - theta cos theta) / (2 pi), and 2 / sin theta where derivatives are asked for, of h =
-// sin(theta/2)^2 > 0 and t = 1/2 - h. The bend as a difference is rounded to eps theta, so to eps in the angle.
+// Of h = sin(theta/2)^2 > 0 and t = 1/2 - h: theta / pi, the bend (sin theta - theta cos theta) / (2 pi), and 2 / sin theta.
+// As theta / pi = s (2 / pi + h R), s = sin(theta) / 2, the bend is s h (2 / pi - t R), where nothing cancels.
 template <class T>
 struct Angle {
     Vec<T> angle, bend, inverse;
 };
-template <bool derivatives>
 PK_INLINE Angle<float> angle_of(Vec<float> h, Vec<float> t) {
-    if constexpr (derivatives) {
-        constexpr double c[] = {4.3435784834995005,  -6.9716759681079188, 5.7979512388034315,  -2.2564710847311807,
-                                0.89789556956352719, 0.15007257384754727, 0.30155934607688077, 0.33897518936282586,
-                                0.42442650185118981, 0.63661967881438813};
-        const Vec<float> square = h - h * h, inverse = inverse_root(square), sine = square * inverse;
-        const Vec<float> angle = sine * polynomial(c, h);
-        return {angle, Vec<float>(0.318309886183790671538f) * sine - angle * t, inverse};
-    } else {
-        // As fast, and does not add up over many layers.
-        constexpr double of_bend[] = {0.00675540749390805, -0.00253852864600999, 0.00534634199336196,
-                                      0.00597188237265467, 0.01367169862539499,  0.04244036603316271,
-                                      0.42441318645567900};
-        const Vec<float> root = square_root(h);
-        return {root * angle_polynomial(h), h * root * polynomial(of_bend, h), {}};
-    }
+    constexpr double c[] = {3.6685750774014736,  -5.3696595773424283, 4.1972269101631828,
+                            -1.3819052560630805, 0.61398551411417389, 0.20576197852430055,
+                            0.29514536444754445, 0.33937504971272719, 0.42441518722421824};
+    const Vec<float> square = h - h * h, inverse = inverse_root(square), sine = square * inverse;
+    const Vec<float> rest = polynomial(c, h), first(0.636619772367581343f);
+    return {sine * (first + h * rest), sine * h * (first - t * rest), inverse};
 }
-// Of quotients of polynomials, whose division and root are one: 1 / (D sin theta).
-template <bool>
+// R is a quotient of polynomials, whose division and root are one: 1 / (D s).
 PK_INLINE Angle<double> angle_of(Vec<double> h, Vec<double> t) {
-    constexpr double above[] = {0.062754394608348661053, 1.0715010112732779799, 4.4396941429607632791,
-                                6.9090981682770029261,   4.447587121229490172,  0.99999999999999993018};
-    constexpr double below[] = {0.033558390466201442452,
-                                0.89347812625854737946,
-                                5.2838372581640413563,
-                                11.918059047334432401,
-                                12.193080907967477808,
-                                5.7208266659645910353,
+    constexpr double above[] = {0.079892612313209497684, 1.0500069857186073145, 3.8203446380348481183,
+                                5.4960193501378158037,   3.3564800364748319314, 0.7267604552648373013};
+    constexpr double below[] = {0.12741920012557763836,
+                                1.9046242619326877299,
+                                8.397057636583941526,
+                                15.791546238714029895,
+                                14.273399830227496848,
+                                6.122289928108512329,
                                 1.0};
-    const Vec<double> divisor = polynomial(below, t), square = h - h * h, inverse_pi(0.318309886183790671538);
-    const Vec<double> both = inverse_root(square * divisor * divisor), inverse = both * divisor;
-    const Vec<double> angle = square * both * polynomial(above, t);
-    return {angle, inverse_pi * (square * inverse) - angle * t, inverse};
+    const Vec<double> divisor = polynomial(below, t), square = h - h * h, first(0.636619772367581343076);
+    const Vec<double> both = inverse_root(square * divisor * divisor), inverse = both * divisor,
+                      sine = square * inverse;
+    const Vec<double> rest = polynomial(above, t) * (both * sine);
+    return {sine * (first + h * rest), sine * h * (first - t * rest), inverse};
 }
 
 // asin(x) / pi, from `complement` = 1 - x^2 where that is the smaller one.
@@ -193,7 +183,7 @@ PK_INLINE void piecewise_linear(const Branch<T>& branch, const Pairs<T, U>& e, c
     const Vec<T> part(branch.part), rest(T(1) - branch.part);
     PK_EACH_VECTOR {
         const Vec<T> h = greatest(least_h, folded ? least(e[u], half) : least(e[u], f[u])), t = half - h;
-        const auto [angle, bend, inverse] = angle_of<derivatives>(h, t);
+        const auto [angle, bend, inverse] = angle_of(h, t);
         const Vec<T> bent = h - bend;
         if constexpr (derivatives) {
             // Nearer than the rounding of their unit vectors points count as coincident, or opposite, and the derivative,
@@ -279,9 +269,8 @@ PK_INLINE void error_function(int at, bool stable, const Numbers<T>& n, const Pa
         }
     }
     if (stable) {
-        Vec<T> smallest = made_low[0];
-#pragma GCC unroll 4
-        for (int u = 1; u < U; ++u) smallest = least(smallest, made_low[u]);
+        Vec<T> smallest = one;
+        PK_EACH_VECTOR smallest = least(made_low[u], smallest);  // NaN is left out
         if (any_greater(Vec<T>(static_cast<T>(near_by_distance)), smallest))
             error_function_near<T, U>(at, n, low, made_low);
     }

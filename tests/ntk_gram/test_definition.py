@@ -301,3 +301,11 @@ def test_constant_activations(name, backend):
     torch.testing.assert_close(flat.gram(x, kind="nngp", backend=backend), torch.full((5, 5), 36.0).double())
     gradient = flat.witness(x, x, torch.ones(5, dtype=torch.float64), backend=backend)[1]
     assert gradient.abs().max() < 1e-15
+
+
+def test_layers_without_a_bias_keep_none():
+    layers = [torch.nn.Linear(3, 4, bias=False), torch.nn.ReLU(), torch.nn.Linear(4, 1)]
+    for bias_std in (0.4, [0.4, 0.4], torch.tensor(0.4, dtype=torch.float64)):
+        read = NTK.from_sequential(torch.nn.Sequential(*layers), bias_std=bias_std)
+        assert read.output_bias
+        assert read.bias_std.tolist() == [0.0, 0.4]

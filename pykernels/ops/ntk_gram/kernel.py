@@ -189,7 +189,7 @@ def scales_of(value: Scales, name: str, layers: int, output: bool = True) -> Ten
                 raise ValueError(f"{name} must be at least 0 and finite, got {number}")
         scales = torch.tensor(given, dtype=torch.float64)
     if scales.dim() == 0:
-        return scales.expand(layers) if output else torch.cat((scales.expand(layers - 1), scales.new_zeros(1)))
+        return scales.repeat(layers) if output else torch.cat((scales.repeat(layers - 1), scales.new_zeros(1)))
     if scales.shape != (layers,):
         raise ValueError(
             f"{name} must be one number or {layers}, one for each layer with a {name.removesuffix('_std')}, "
