@@ -435,7 +435,9 @@ def test_nan_and_infinity(value, runner):
         broken[5] = True
         broken[:, 5 if m is None else 7] = True
         assert torch.equal(kernel.isnan(), broken)
-        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=1e-5, atol=1e-7)
+        # Where a vector holds a broken pair, all of its pairs may go another way through the kernel.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=0, atol=16 * eps)
         values, slopes = network.kernels().witness(
             points.x, normal(9, d, dtype=dtype), normal(9, dtype=dtype), backend=backend
         )
