@@ -22,7 +22,8 @@ pytestmark = [
 ALL = [*STRUCTURED, *OTHERS]
 
 
-def close(found, expected, tolerance=1e-12):
+def close(found, expected, tolerance=3e-14):
+    """Up to rounding, of the norm; 5e-15 seen."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     found, expected = found.detach(), expected.detach()
@@ -230,16 +231,16 @@ def test_small_and_empty_sets(name: str, n: int, m: int):
         close(full, kernel(module, x, y, False))
     product = empirical_ntk_matvec(module, x, y, y.new_ones(m, outputs), trace_outputs=False)
     assert product.shape == (n, outputs)
-    torch.testing.assert_close(product, full.sum((1, 3)))
+    torch.testing.assert_close(product, full.sum((1, 3)), rtol=0, atol=2e-14)  # of sums up to 10
 
 
 def test_kernel_of_a_set_with_itself_is_symmetric_and_positive():
     module, x, _ = networks.network("images", 7)
     for max_memory in (1 << 30, 10_000):
         theta = empirical_ntk(module, x, trace_outputs=False, max_memory=max_memory)
-        torch.testing.assert_close(theta, theta.permute(1, 0, 3, 2), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(theta, theta.permute(1, 0, 3, 2), rtol=0, atol=2e-15)
         eigenvalues = torch.linalg.eigvalsh(theta.permute(0, 2, 1, 3).reshape(21, 21))
-        assert eigenvalues[0] >= -1e-12 * eigenvalues[-1]
+        assert eigenvalues[0] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -249,15 +250,15 @@ def test_lower_precision(dtype: torch.dtype):
     for method in ("structured", "jacobian"):
         found = empirical_ntk(module, x, y, method=method)
         assert found.dtype == dtype
-        assert float((found.double() - expected).norm() / expected.norm()) < 20 * torch.finfo(dtype).eps
+        assert float((found.double() - expected).norm() / expected.norm()) < 4 * torch.finfo(dtype).eps
 
 
 def test_in_inference_mode():
     module, x, _ = networks.network("mlp")
     expected = empirical_ntk(module, x)
     with torch.inference_mode():
-        torch.testing.assert_close(empirical_ntk(module, x.clone()), expected)
-        torch.testing.assert_close(empirical_ntk_matvec(module, x.clone(), x, x[:, 0]), expected @ x[:, 0])
+        close(empirical_ntk(module, x.clone()), expected)
+        close(empirical_ntk_matvec(module, x.clone(), x, x[:, 0]), expected @ x[:, 0])
 
 
 def ntk_parametrised(widths, weight_std, bias_std):
@@ -288,7 +289,7 @@ def test_wide_networks_have_the_analytic_kernel():
     for width in (64, 1024):
         found = torch.stack([empirical_ntk(ntk_parametrised([3, width, width, 1], 1.3, 0.4), x, y) for _ in range(8)])
         errors.append(float((found - expected).norm(dim=(1, 2)).mean() / expected.norm()))
-    assert errors[1] < 0.12
+    assert errors[1] < 0.12  # 0.094 seen, by the width
     assert errors[1] < 0.5 * errors[0]  # the deviation falls as 1 / sqrt(width), by 4 here
 
 

@@ -134,10 +134,11 @@ def check_float64(network: Network, points: Points, kind: str = "ntk", derivativ
     actual = results(network, points, "cpu", kind)
     for name, one, other, size in zip(NAMES, actual, expected.results, expected.sizes, strict=True):
         off = error(one, other, None if size is None else size.clamp_min(1e-30))
-        assert off <= (1e-11 if name == "gradients" else 1e-12), f"{network}, {points.x.shape}, {name}: {off:.1e}"
+        assert off <= 4e-14, f"{network}, {points.x.shape}, {name}: {off:.1e}"  # rounding, 4e-15 seen
     if derivatives:
         off = gradient_error(gradients(network, points, "cpu", kind), expected.gradients)
-        assert off <= 1e-11, f"{network}, {points.x.shape}, gradients: {off:.1e}"
+        # Terms that are much larger cancel in some of them, such as those of scales; 1e-13 seen.
+        assert off <= 1e-12, f"{network}, {points.x.shape}, gradients: {off:.1e}"
 
 
 #: Rows, columns (None: of one set), dimensions: around those of vectors, tiles, strips of them, and parts of products.
@@ -200,7 +201,7 @@ def test_empty_sets(backend, poisoned):
         if columns == 0:
             assert all((t == 0).all() for t in found)
         if d == 0:  # only biases are left
-            torch.testing.assert_close(found[0], torch.full_like(found[0], 0.0) + own_of_bias(network))
+            torch.testing.assert_close(found[0], torch.full_like(found[0], own_of_bias(network)), rtol=0, atol=1e-16)
         assert all(t.isfinite().all() for of_one in gradients(network, points, backend) for t in of_one)
 
 
@@ -255,11 +256,11 @@ def test_float32(promised, capability):
         for two_sets, one_set, expected, size in zip(*found, exact, of, strict=True):
             assert error(two_sets, expected[:5, 5:], size[:5, 5:]) <= 1e-6, network
             assert error(one_set, expected, size) <= 1e-6, network
-        v = normal(len(y), 2, dtype=torch.float32)
+        v = normal(len(y), 2, dtype=torch.float32)  # sums over points, whose errors are of both signs
         expected, size = exact[1][:5, 5:] @ v.double(), of[1][:5, 5:] @ v.double().abs()
-        assert error(kernels.matvec(x, y, v, backend="cpu"), expected, size) <= 1e-6, network
+        assert error(kernels.matvec(x, y, v, backend="cpu"), expected, size) <= 4e-7, network
         value, _ = kernels.witness(x, y, v[:, 0].contiguous(), backend="cpu")
-        assert error(value, expected[:, 0], size[:, 0]) <= 1e-6, network
+        assert error(value, expected[:, 0], size[:, 0]) <= 4e-7, network
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=ids(NETWORKS))
@@ -298,9 +299,9 @@ def test_precision_of_inner_products(precision, capability):
             NAMES, found, expected, full, sizes(network, points, "ntk"), strict=True
         ):
             # Derivatives are those of exact vectors, taken at rounded ones in places of their own.
-            assert error(one, other, size) <= (8 * unit if name == "gradients" else 1e-5), name
+            assert error(one, other, size) <= (8 * unit if name == "gradients" else 2e-6), name
             if name != "gradients":
-                assert error(one, exact, size) <= 8 * unit
+                assert error(one, exact, size) <= 4 * unit  # of two rounded vectors; 0.6 seen
                 assert not torch.equal(one, exact)
         double = points.to(F64)
         same = results(network, double, "cpu", precision=precision)
@@ -362,7 +363,7 @@ def test_expanded(capability):
         x = copies.x.clone().requires_grad_()
         sums = [network.kernels().gram(x, copies.y, backend=b).sum() for b in ("cpu", "reference")]
         one, other = (torch.autograd.grad(s, x)[0] for s in sums)
-        assert error(one, other) <= 1e-11
+        assert error(one, other) <= 2e-14  # rounding of sums in different orders
 
 
 def test_one_set_is_two_equal_ones(capability):
@@ -412,7 +413,7 @@ def test_any_subset_of_the_gradients():
         for leaf, value in zip(leaves, expected, strict=True):
             assert (leaf.grad is not None) == leaf.requires_grad
             if leaf.grad is not None:
-                torch.testing.assert_close(leaf.grad, value, rtol=1e-12, atol=1e-13)
+                torch.testing.assert_close(leaf.grad, value, rtol=0, atol=1e-14)  # of 19: as good as equal
 
 
 each_runner = pytest.mark.parametrize("runner", [*pykernels.cpu_capabilities(), "reference"])
@@ -442,7 +443,9 @@ def test_nan_and_infinity(value, runner):
         broken[5] = True
         broken[:, 5 if m is None else 7] = True
         assert torch.equal(kernel.isnan(), broken)
-        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=1e-5, atol=1e-7)
+        # Where a vector holds a broken pair, all of its pairs may go another way through the kernel.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=0, atol=16 * eps)
         values, slopes = network.kernels().witness(
             points.x, normal(9, d, dtype=dtype), normal(9, dtype=dtype), backend=backend
         )
@@ -486,7 +489,8 @@ def test_zero_vectors(activation, runner):
             # A point at 1e-8 says what the limit is; the slope of these kernels there is finite.
             small = torch.tensor([[1e-8, 0.0]], dtype=F64)
             near = kernels.gram(small, x.detach().double(), kind=kind, backend="reference")
-            torch.testing.assert_close(kernel[0].detach().double(), near[0], rtol=1e-5, atol=1e-6)
+            # The kernel may change by 1e-8 times its slope, and by its rounding in float32.
+            torch.testing.assert_close(kernel[0].detach().double(), near[0], rtol=0, atol=5e-7)
             values, slopes = kernels.witness(
                 x.detach(), x.detach(), torch.ones(5, dtype=dtype), kind=kind, backend=backend
             )
@@ -544,7 +548,7 @@ def test_points_that_nearly_coincide(near_points, runner):
             assert torch.autograd.grad(kernel.sum(), points)[0].isfinite().all()
             for i, exponent in enumerate(EXPONENTS):
                 if exponent <= COMPARED[x.dtype]:
-                    assert error(value[i], exact[i]) <= (1e-6 if x.dtype == torch.float32 else 1e-12)
+                    assert error(value[i], exact[i]) <= (1e-6 if x.dtype == torch.float32 else 2e-14)
                     # The direction of the difference of two unit vectors has their rounding, divided by it.
                     rounding = 1e-7 if x.dtype == torch.float32 else 1e-15
                     assert error(gradient[i], slope[i]) <= rounding * (100 + 10.0**exponent)

@@ -49,19 +49,21 @@ def test_prediction_is_the_formula(solver: str, p: int | None, kind: str):
     network = pykernels.NTK(2, "erf", **options)
     K, k = (network.gram(torch.tensor(a), torch.tensor(X), kind=kind).numpy() for a in (X, new))
     dual = np.linalg.solve(K + 0.05 * np.eye(60), y - y.mean(0))
-    np.testing.assert_allclose(model.dual_coef_, dual, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(model.predict(new), y.mean(0) + k @ dual, rtol=1e-9, atol=1e-9)
+    # Conjugate gradients end at tol, and K divides by what it is to alpha; 7e-12 and 1e-12 seen.
+    np.testing.assert_allclose(model.dual_coef_, dual, rtol=0, atol=7e-11)
+    np.testing.assert_allclose(model.predict(new), y.mean(0) + k @ dual, rtol=0, atol=1e-11)
     assert model.predict(new).shape == (7, *y.shape[1:])
     assert model.n_features_in_ == 4
     assert model.X_fit_.shape == X.shape
-    np.testing.assert_allclose(model.intercept_, y.mean(0))
+    np.testing.assert_allclose(model.intercept_, y.mean(0), rtol=1e-14)
 
 
 def test_is_kernel_ridge_regression():
     X, y = data()
     K = ntk_kernel(1)(X)
     expected = KernelRidge(alpha=0.1, kernel="precomputed").fit(K, y - y.mean()).predict(K)
-    np.testing.assert_allclose(NTKRegressor(alpha=0.1).fit(X, y).predict(X) - y.mean(), expected, rtol=1e-9)
+    # Rounding of 1, times the condition of K + 0.1.
+    np.testing.assert_allclose(NTKRegressor(alpha=0.1).fit(X, y).predict(X) - y.mean(), expected, rtol=0, atol=1e-13)
 
 
 def test_conjugate_gradients_of_more_cases_than_the_preconditioner_has(monkeypatch: pytest.MonkeyPatch):
@@ -125,9 +127,9 @@ def test_classifier():
     assert list(model.classes_) == list(names)
     scores = model.decision_function(X[400:])
     assert scores.shape == (200, 10)
-    np.testing.assert_allclose(scores.sum(1), -8, rtol=1e-9)  # the targets of all classes sum to it
+    np.testing.assert_allclose(scores.sum(1), -8, rtol=2e-13)  # the targets of all classes sum to it
     regressor = NTKRegressor(2).fit(X[:400], np.where(y[:400] == 3, 1.0, -1.0))
-    np.testing.assert_allclose(scores[:, 3], regressor.predict(X[400:]), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(scores[:, 3], regressor.predict(X[400:]), rtol=0, atol=5e-13)
     assert not hasattr(model, "predict_proba")
 
 

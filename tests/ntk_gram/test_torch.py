@@ -82,7 +82,8 @@ def every(layers: list[Any], backend: str = "cpu") -> list[tuple[Callable[..., T
     ]
 
 
-def agree(actual: Any, expected: Any, bound: float = 1e-11) -> None:
+def agree(actual: Any, expected: Any, bound: float = 3e-14) -> None:
+    """Up to rounding in float64, of the largest number: 3e-15 seen."""
     for one, other in zip(actual, expected, strict=True):
         assert error(one, other) <= bound
 
@@ -113,7 +114,7 @@ def test_gradient_penalty(layers):
             second = torch.autograd.grad(gradient.square().sum(), leaves, create_graph=True)
             third = torch.autograd.grad(sum(g.square().sum() for g in second), leaves[0])
             outcomes.append([gradient.detach(), *(g.detach() for g in second), *third])
-        agree(*outcomes, 1e-9)
+        agree(*outcomes, 1e-13)  # third derivatives: 1e-14 seen
 
 
 @each_network
@@ -128,7 +129,7 @@ def test_forward_mode(layers):
             assert forward_ad.unpack_dual(run(*tensors)).tangent is None
         step = 1e-6
         ahead, behind = (run(*(v + s * step * d for v, d in zip(tensors, tangents, strict=True))) for s in (1, -1))
-        agree([derivative], [(ahead - behind) / (2 * step)], 1e-6)
+        agree([derivative], [(ahead - behind) / (2 * step)], 1e-8)  # rounding, divided by the step
 
 
 @each_network
@@ -142,7 +143,7 @@ def test_function_transforms(layers):
         all_of_them = tuple(range(len(values)))
         leaves = [t.clone().requires_grad_() for t in values]
         expected = torch.autograd.grad(number(*leaves), leaves)
-        agree(torch.func.grad(number, all_of_them)(*values), expected, 1e-10)
+        agree(torch.func.grad(number, all_of_them)(*values), expected)
         many = [torch.stack([t, 1.1 * t]) for t in values]
         for chosen in [[i] for i in all_of_them] + [list(all_of_them)]:
             dims = tuple(0 if i in chosen else None for i in all_of_them)
@@ -150,19 +151,19 @@ def test_function_transforms(layers):
             actual = torch.func.vmap(run, dims)(*args)
             for which in range(2):
                 alone = run(*(a[which] if i in chosen else a for i, a in enumerate(args)))
-                agree([actual[which]], [alone], 1e-11)
+                agree([actual[which]], [alone])
         actual = torch.func.vmap(torch.func.grad(number, all_of_them), (0, *[None] * (len(values) - 1)))(
             many[0], *values[1:]
         )
-        agree([a[0] for a in actual], expected, 1e-10)
+        agree([a[0] for a in actual], expected)
         leaf = values[0].clone().requires_grad_()
         rows = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in run(leaf, *values[1:]).flatten()]
         jacobian = torch.func.jacrev(run, 0)(*values)
-        agree([jacobian.flatten(0, -3)], [torch.stack(rows)], 1e-10)
+        agree([jacobian.flatten(0, -3)], [torch.stack(rows)])
     hessian = torch.func.hessian(number, 0)(*values)
     (slope,) = torch.autograd.grad(number(leaf, *values[1:]), leaf, create_graph=True)
     (line,) = torch.autograd.grad(slope, leaf, torch.ones_like(leaf))
-    agree([hessian.flatten(2).sum(-1)], [line], 1e-9)
+    agree([hessian.flatten(2).sum(-1)], [line])
 
 
 def test_batched_gradients():
@@ -174,7 +175,7 @@ def test_batched_gradients():
         batched = torch.autograd.grad(output, leaves, grads, retain_graph=True, is_grads_batched=True)
         for i in range(3):
             alone = torch.autograd.grad(output, leaves, grads[i], retain_graph=True)
-            agree([g[i] for g in batched], alone, 1e-10)
+            agree([g[i] for g in batched], alone)
 
 
 def compiled(fn: Callable, **options) -> Callable:
@@ -196,10 +197,10 @@ def test_compile(layers, backend):
         slopes = torch.autograd.grad(expected, leaves, weights)
         run = compiled(function)
         output = run(*leaves)
-        agree([output], [expected], 1e-12)
+        agree([output], [expected])
         agree(torch.autograd.grad(output, leaves, weights), slopes)
         with torch.no_grad():
-            agree([run(*tensors)], [expected], 1e-12)
+            agree([run(*tensors)], [expected])
 
 
 @compiles
@@ -214,7 +215,7 @@ def test_compile_once_for_every_number_of_points():
         for n, m in ((5, 6), (3, 9), (9, 4)):
             x, z = normal(n, 3).requires_grad_(), normal(m, 3, seed=1)
             outcomes = [f(x, z) for f in (fn, both)]
-            agree(*([o.detach(), *torch.autograd.grad(o.sum(), x)] for o in outcomes), 1e-12)
+            agree(*([o.detach(), *torch.autograd.grad(o.sum(), x)] for o in outcomes))
 
 
 def test_export():
@@ -231,7 +232,7 @@ def test_export():
     program = torch.export.export(Module(), args)
     found = {n.target._schema.name for n in program.graph.nodes if "pykernels" in str(n.target)}
     assert found == {"pykernels::ntk_gram", "pykernels::ntk_witness"}
-    agree([program.module()(*args)], [Module()(*args)], 1e-14)
+    agree([program.module()(*args)], [Module()(*args)], 1e-15)
 
 
 def raw(layers: list[Any], dtype: torch.dtype, m: int | None, kind: str = "ntk") -> tuple[list[Any], list[Any]]:
@@ -343,7 +344,7 @@ def test_half_precision(half, backend):
     network.gram(leaf, z, backend=backend).sum().backward()
     network.gram(other, single[1], backend="reference").sum().backward()
     assert leaf.grad.dtype == half
-    assert error(leaf.grad, other.grad) <= 4 * unit
+    assert error(leaf.grad, other.grad) <= 2 * unit  # rounded twice, at most
     # The other side may be wider; the result has the dtype of x.
     assert network.gram(x, single[1], backend=backend).dtype == half
     assert network.gram(single[0], z, backend=backend).dtype == torch.float32
@@ -361,8 +362,8 @@ def test_autocast(cast, backend):
         found = network.gram(features.float(), z, backend=backend)
         again = network.matvec(features.float(), z, torch.ones(5), backend=backend)
     expected = network.gram(features.float(), z, backend=backend)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(again, expected.sum(1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(again, expected.sum(1), rtol=1e-6, atol=0)  # sums of five in another order
     found.square().sum().backward()
     assert layer.weight.grad.isfinite().all()
 
@@ -393,12 +394,10 @@ def test_module():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.05 * losses[0]
+    assert losses[-1] < 0.01 * losses[0]
     # In another precision scales are still computed with in float64.
     half = copy.deepcopy(fixed).to(torch.bfloat16)
-    torch.testing.assert_close(
-        half.gram(x), NTK(2, "relu", *(t.double().tolist() for t in half.state_dict().values())).gram(x)
-    )
+    assert torch.equal(half.gram(x), NTK(2, "relu", *(t.double().tolist() for t in half.state_dict().values())).gram(x))
 
 
 def test_repr():

@@ -139,7 +139,7 @@ def error(value: Tensor, expected: Tensor) -> float:
 
 
 def check_float64(case: Case, device: str) -> None:
-    """Within 1e-11 of the reference and its derivatives by autograd.
+    """Within 1e-13 of the reference and its derivatives by autograd: rounding, 1e-14 seen in the interpreter.
 
     Of the matrix of one set and of the product where the case has their derivatives: the interpreter is slow.
     """
@@ -149,7 +149,7 @@ def check_float64(case: Case, device: str) -> None:
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         e = error(value.cpu(), expected[name])
-        assert e <= 1e-11, f"{name} is off by {e:.1e}"
+        assert e <= 1e-13, f"{name} is off by {e:.1e}"
 
 
 def pairs(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
