@@ -13,11 +13,11 @@
 //      +--------------------+
 //
 // A symmetric Gram matrix is computed in tiles on and above its diagonal, each stored twice. Sums over columns are added up
-// in T for 512 bytes of a lane's columns at most, and then in double, in the order of the columns: neither the number of
-// threads nor the division into tasks changes a bit.
+// in T for a strip of panels (512 floats or 256 doubles in registers of 64 bytes), and then in double, in the order of the
+// columns: neither the number of threads nor the division into tasks changes a bit.
 //
-// Cost per pair: 2 (d + 1) flops of the inner product and, for each layer of relu, about 45 (float) or 95 (double), twice as
-// many more with derivatives; the points are read and the result is written once.
+// Cost per pair: 2 (d + 1) flops of the inner product and, for each layer of relu, about 50 (float) or 65 (double), and 30
+// more with derivatives; the points are read and the result is written once.
 #pragma once
 
 #include <cstdint>

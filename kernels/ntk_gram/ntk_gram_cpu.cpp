@@ -171,7 +171,7 @@ double variance_of(const T* x, Index features, double weight, double bias) {
         const double value = __builtin_fabs(weight * static_cast<double>(x[k]));
         if (!(value <= largest)) largest = value;
     }
-    if (!(largest < 1e308)) return largest;
+    if (!(largest < 1e308)) return largest * largest;
     sum = bias / largest * (bias / largest);
     for (k = 0; k < features; ++k) {
         const double value = weight * static_cast<double>(x[k]) / largest;
@@ -598,7 +598,7 @@ struct WitnessMemory {  // of a worker
     T* part;            // (rows, padded features): of a strip
     T* close;           // the same, of near pairs
     Vec<T>* kept;       // what the layers keep
-    Vec<T>* sums;       // (primaries + 2 + features): of a row and a strip
+    Vec<T>* sums;       // (primaries + 1 + features): of a row and a strip
     double* totals;     // (rows, primaries + 1 + padded features)
     double* numbers;    // (numbers + primaries)
 };

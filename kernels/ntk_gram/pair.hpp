@@ -486,7 +486,7 @@ struct State {
     Pairs<T, U> e, f, tangent;
 };
 
-// A layer of any branches. Not inline: the registers are for the layers of relu.
+// A layer of any branches. Not inline: the registers are for the layers that stay in them.
 template <class T, int U, bool derivatives>
 __attribute__((noinline)) void general_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state,
                                              Vec<T>* kept) {
@@ -535,17 +535,22 @@ __attribute__((noinline)) void general_layer(const Layer<T>& layer, const Number
     }
 }
 
-// The same for one branch of relu.
-template <class T, int U, bool derivatives, bool folded>
-PK_INLINE void relu_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
-    const Vec<T> one(T(1)), quarter(T(0.25)), two(T(2));
-    const int number = layer.branches[0].number;
+// The same for one branch of relu, or of erf where no small f is needed later.
+template <class T, int U, bool derivatives, Simple simple, bool folded>
+PK_INLINE void simple_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
+    constexpr bool is_erf = simple == Simple::erf;
+    const Vec<T> zero(T(0)), one(T(1)), quarter(T(0.25)), two(T(2));
+    const Branch<T>& branch = layer.branches[0];
     Made<T, U> made;
-    piecewise_linear<T, U, derivatives, folded, true>(layer.branches[0], state.e, state.f, made);
+    if constexpr (is_erf)
+        error_function<T, U, derivatives>(branch.number, false, n, state.e, state.f, made);
+    else
+        piecewise_linear<T, U, derivatives, folded, true>(branch, state.e, state.f, made);
     PK_EACH_VECTOR {
-        const Vec<T> cx = n.x(number), cy = n.y(number, u), both = cx * cy, apart = cx - cy;
+        const Vec<T> cx = n.x(branch.number), cy = n.y(branch.number, u), both = cx * cy, apart = cx - cy;
         const Vec<T> bias_apart = n.x(layer.s) - n.y(layer.s, u);
-        const Vec<T> e = both * made.e[u] + quarter * (apart * apart + bias_apart * bias_apart);
+        const Vec<T> next = both * made.e[u] + quarter * (apart * apart + bias_apart * bias_apart);
+        const Vec<T> e = is_erf ? least(greatest(zero, next), one) : next;
         state.e[u] = e;
         state.f[u] = one - e;
         state.tangent[u] = (one - two * e) + state.tangent[u] * (both * made.d[u]);
@@ -554,27 +559,7 @@ PK_INLINE void relu_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U
             kept[5 * u + 1] = made.d[u];
             kept[5 * u + 2] = made.d_e[u];
         }
-    }
-}
-
-// The same for one branch of erf, none of whose small f are needed later.
-template <class T, int U, bool derivatives>
-PK_INLINE void erf_layer(const Layer<T>& layer, const Numbers<T>& n, State<T, U>& state, Vec<T>* kept) {
-    const Vec<T> zero(T(0)), one(T(1)), quarter(T(0.25)), two(T(2));
-    const int number = layer.branches[0].number;
-    Made<T, U> made;
-    error_function<T, U, derivatives>(number, false, n, state.e, state.f, made);
-    PK_EACH_VECTOR {
-        const Vec<T> cx = n.x(number), cy = n.y(number, u), both = cx * cy, apart = cx - cy;
-        const Vec<T> bias_apart = n.x(layer.s) - n.y(layer.s, u);
-        const Vec<T> e = both * made.e[u] + quarter * (apart * apart + bias_apart * bias_apart);
-        state.e[u] = least(greatest(zero, e), one);
-        state.f[u] = one - state.e[u];
-        state.tangent[u] = (one - two * state.e[u]) + state.tangent[u] * (both * made.d[u]);
-        if constexpr (derivatives) {
-            kept[5 * u] = made.e[u];
-            kept[5 * u + 1] = made.d[u];
-            kept[5 * u + 2] = made.d_e[u];
+        if constexpr (derivatives && is_erf) {
             kept[5 * u + 3] = made.e_q[u];
             kept[5 * u + 4] = made.d_q[u];
         }
@@ -592,15 +577,15 @@ PK_INLINE void layers_forward(const Network<T>& network, const Numbers<T>& n, St
             kept += Kept<T, U>::per_layer;
         }
         if (layer.simple == Simple::erf) {
-            erf_layer<T, U, derivatives>(layer, n, state, kept);
+            simple_layer<T, U, derivatives, Simple::erf, false>(layer, n, state, kept);
         } else if (layer.simple == Simple::no) {
             State<T, U> copy = state;  // whose address may be known
             general_layer<T, U, derivatives>(layer, n, copy, kept);
             state = copy;
         } else if (layer.folded) {
-            relu_layer<T, U, derivatives, true>(layer, n, state, kept);
+            simple_layer<T, U, derivatives, Simple::relu, true>(layer, n, state, kept);
         } else {
-            relu_layer<T, U, derivatives, false>(layer, n, state, kept);
+            simple_layer<T, U, derivatives, Simple::relu, false>(layer, n, state, kept);
         }
         if constexpr (derivatives) kept += layer.count * Kept<T, U>::per_branch;
     }

@@ -1,6 +1,5 @@
 #include "ntk_gram/rows.hpp"
 
-#include <algorithm>
 #include <cmath>
 
 namespace pk {
@@ -51,7 +50,7 @@ Norm norm_of(const NtkBranch& branch, double q) {
         }
         case NtkActivation::rbf: break;
     }
-    square = std::max(square, ntk_least_variance);
+    if (square < ntk_least_variance) return {std::sqrt(ntk_least_variance), 0};
     return {std::sqrt(square), derivative / (2 * square)};
 }
 
@@ -121,7 +120,10 @@ void ntk_row(const NtkNetwork& network, double variance, double* numbers, double
             *derivative = norm.slope;
             derivative += ntk_primaries_of(branch);
         }
-        following = std::max(following, ntk_least_variance);
+        if (following < ntk_least_variance) {
+            following = ntk_least_variance;
+            change = 0;
+        }
         change /= following;
         const double inverse = 1 / std::sqrt(following);
         for (std::int64_t i = 0; i < count; ++i) {
@@ -141,7 +143,8 @@ void ntk_row(const NtkNetwork& network, double variance, double* numbers, double
         q = following;
         of_q = change;
     }
-    *numbers = std::sqrt(q);
+    // Not a number for a point that is not finite: what bounded activations make of its variance is.
+    *numbers = std::isfinite(variance) ? std::sqrt(q) : std::nan("");
     if (derivatives != nullptr) *derivatives = of_q / 2;
 }
 

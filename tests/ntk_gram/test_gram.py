@@ -432,7 +432,8 @@ def use(runner: str) -> str:
 def test_nan_and_infinity(value, runner):
     """NaN in their row and column, and nowhere else."""
     backend = use(runner)
-    for network, m, d, dtype in itertools.product(FEW, (None, 40), (3, 20), (torch.float32, F64)):
+    bounded = [NETWORKS[12], NETWORKS[14]]  # whose variances may be finite all the same
+    for network, m, d, dtype in itertools.product(FEW + bounded, (None, 40), (3, 20), (torch.float32, F64)):
         points = Points.of(37, m, d, dtype=dtype)
         clean = network.kernels().gram(points.x, points.y, backend=backend)
         points.x[5, 1] = value
@@ -443,6 +444,8 @@ def test_nan_and_infinity(value, runner):
         broken[5] = True
         broken[:, 5 if m is None else 7] = True
         assert torch.equal(kernel.isnan(), broken)
+        nngp = network.kernels().gram(points.x, points.y, kind="nngp", backend=backend)
+        assert torch.equal(nngp.isnan(), broken)
         # Where a vector holds a broken pair, all of its pairs may go another way through the kernel.
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=0, atol=16 * eps)
@@ -496,6 +499,16 @@ def test_zero_vectors(activation, runner):
             )
             assert values.isfinite().all()
             assert slopes.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "erf", "gelu", "sin"])
+def test_gradients_where_variances_are_the_least(activation, capability):
+    """A variance that is taken for the least one has no derivative."""
+    kernels, y, a = NTK(3, activation, 0.5), normal(4, 2, seed=1), normal(4, seed=2)
+    for scale, kind in itertools.product((1e-17, 1e-18, 1e-19), ("nngp", "ntk")):
+        x = scale * normal(3, 2)
+        slopes = [kernels.witness(x, y, a, kind=kind, backend=backend)[1] for backend in ("cpu", "reference")]
+        assert error(*slopes) <= 1e-9
 
 
 @each_runner
