@@ -12,10 +12,10 @@ namespace {
 
 // Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 constexpr double near_pairs = 0.02;
-// Rounding that smooth layers, whose slopes may be above 1, amplify when more of them than this are left.
-constexpr int steady_layers = 3;
 // With so few features and the bias, all of them do.
 constexpr Index direct_features = 8;
+// With more layers left than this, smooth ones have near pairs from their distance: slopes above 1 would amplify rounding.
+constexpr int steady_layers = 3;
 // Products of more features than this are added up in parts, for the sake of their rounding.
 constexpr Index product_depth = 96;
 constexpr Index smallest_parallel = 4096;  // pairs
@@ -23,7 +23,7 @@ constexpr Index large_result = 4 << 20;    // bytes
 constexpr Index strip_panels = 8;
 constexpr Index most_vectors_by_rows = 4;  // columns of v that are multiplied as they lie
 
-// Whether pairs have e from differences alone; inner products that are to be rounded are taken.
+// Whether pairs have e from differences alone. Not where a lower precision of the inner products is asked for.
 template <class T>
 bool takes_differences(const NtkProblem<T>& p) {
     return p.features + 1 <= direct_features && (sizeof(T) == 8 || p.precision == NtkPrecision::full);
