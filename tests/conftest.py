@@ -1,11 +1,9 @@
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
 import pykernels
-from pykernels import _triton
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,38 +46,3 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _language_is_patched_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter does it again whenever a kernel calls a function, which takes a third of all its time."""
-    if not _triton.interpreting():
-        yield
-        return
-    from triton import language
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_patch_lang"):  # another Triton
-        yield
-        return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    modules: dict[Any, tuple[bool, bool]] = {}  # which of the language's a function sees: these are patched
-    done: set[tuple[bool, bool]] = set()
-
-    def patch_once(function: Any) -> Any:
-        if function not in modules:
-            seen = function.__globals__.values()
-            modules[function] = any(v is language for v in seen), any(v is language.core for v in seen)
-        if modules[function] in done:
-            return None
-        done.add(modules[function])
-        return patch(function)
-
-    def launch_anew(executor: Any, *args: Any, **options: Any) -> Any:
-        done.clear()
-        return launch(executor, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interpreter, "_patch_lang", patch_once)
-        patched.setattr(interpreter.GridExecutor, "__call__", launch_anew)
-        yield

@@ -139,17 +139,18 @@ def error(value: Tensor, expected: Tensor) -> float:
 
 
 def check_float64(case: Case, device: str) -> None:
-    """Within 1e-13 of the reference and its derivatives by autograd: rounding, 1e-14 seen in the interpreter.
+    """Within rounding of the reference and its derivatives by autograd: 1e-14 seen in the interpreter.
 
     Of the matrix of one set and of the product where the case has their derivatives: the interpreter is slow.
     """
+    bound = 1e-13 if device == "cpu" else 1e-11  # a GPU adds up in other orders, and has functions of its own
     values, functions = case.values(torch.float64), {"gram", "witness", *case.backward}
     expected = case.results(values, "reference", functions)
     actual = case.results({name: t.to(device) for name, t in values.items()}, "triton", functions)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         e = error(value.cpu(), expected[name])
-        assert e <= 1e-13, f"{name} is off by {e:.1e}"
+        assert e <= bound, f"{name} is off by {e:.1e}"
 
 
 def pairs(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

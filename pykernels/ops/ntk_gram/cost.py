@@ -14,7 +14,7 @@ from pykernels.backends import Cost
 from pykernels.ops._memory import size
 
 #: Of a branch of a layer, in float32 and float64, and what its derivatives take besides.
-_BRANCH_FLOPS = {torch.float32: 50, torch.float64: 110}
+_BRANCH_FLOPS = {torch.float32: 50, torch.float64: 80}
 _DERIVATIVE_FLOPS = 30
 
 

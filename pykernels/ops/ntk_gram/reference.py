@@ -20,7 +20,7 @@ c and s, the *row parameters*, belong to a point; pairs are elementwise function
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +34,8 @@ from pykernels.ops.ntk_gram.activations import ERF, GELU, IDENTITY, LEAKY_RELU, 
 LEAST_VARIANCE = 1e-36
 #: Pairs whose e or f is smaller have it from the difference or the sum of their vectors.
 NEAR = 0.02
-#: Rounding that smooth layers, whose slopes may be above 1, amplify when more of them than this are left.
-STEADY = 3
+#: Of the last layers, so many may lose digits of small angles where they are smooth: more would add their losses up.
+LAST = 3
 _CHUNK = 1 << 22  # elements of a temporary
 
 
@@ -195,14 +195,19 @@ def half_angles(ux: Tensor, uy: Tensor, direct: bool, exact: bool) -> tuple[Tens
     return e, f
 
 
+def keeps_small_angles(layers: Sequence[Sequence[Branch]], i: int) -> bool:
+    """Whether layer i has to: a later one has a cusp there, or many amplify what is lost, as slopes may exceed 1."""
+    cusp = any(branch.code in (RELU, LEAKY_RELU) for layer in layers[i + 1 :] for branch in layer)
+    return cusp or len(layers) - i > LAST
+
+
 def cells(e: Tensor, f: Tensor, x: Rows, y: Rows, options: Options) -> tuple[Tensor, Tensor]:
     """Cosines C_L / sqrt(q r) and T of pairs, elementwise."""
     tangent = f - e
     rho = tangent
     layers = options.layers()
     for i, layer in enumerate(layers):
-        rough = any(b.code in (RELU, LEAKY_RELU) for later in layers[i + 1 :] for b in later)
-        stable = rough or len(layers) - i > STEADY
+        stable = keeps_small_angles(layers, i)
         bias_difference = (x.layers[i].s - y.layers[i].s).square() / 4
         bias_total = (x.layers[i].s + y.layers[i].s).square() / 4
         next_e, next_f, slope = bias_difference, bias_total, torch.zeros_like(e)

@@ -35,8 +35,6 @@ from pykernels.ops.ntk_gram.reference import Problem
 
 #: Vectors of at most this many numbers are subtracted from each other without a look at their inner products.
 FEW = 8
-#: Of the last layers, so many may lose digits of small angles where they are smooth: more would add their losses up.
-STEADY = 3
 #: Programs that are enough for a GPU: rows of tiles are split to reach them.
 ENOUGH_PROGRAMS = 512
 #: Columns of a matrix that one program multiplies with, and components of the gradient that it computes.
@@ -113,8 +111,7 @@ def _described(layers: tuple[tuple[Branch, ...], ...]) -> Layout:
     runs: list[Run] = []
     column, derivative, parameter = 0, columns, 0
     for i, layer in enumerate(layers):
-        rough = any(b.code in (activations.RELU, activations.LEAKY_RELU) for later in layers[i + 1 :] for b in later)
-        stable = (rough or len(layers) - i > STEADY) and any(
+        stable = reference.keeps_small_angles(layers, i) and any(
             b.code in (activations.ERF, activations.GELU, activations.SIN) for b in layer
         )
         of_layer, derivative = derivative, derivative + 2
