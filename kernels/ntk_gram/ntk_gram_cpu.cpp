@@ -29,6 +29,7 @@ bool takes_differences(const NtkProblem<T>& p) {
     return p.features + 1 <= direct_features && (sizeof(T) == 8 || p.precision == NtkPrecision::full);
 }
 
+static_assert(tile_vectors % pair_vectors == 0);
 template <class T>
 constexpr Index panel_width = tile_vectors * Vec<T>::lanes;
 template <class T>
