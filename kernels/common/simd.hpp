@@ -38,6 +38,7 @@ struct Format;
 template <>
 struct Format<float> {
     using Int = std::int32_t;
+    using Unsigned = std::uint32_t;
     static constexpr int mantissa_bits = 23, exponent_bias = 127;
     static constexpr float round_magic =
         12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
@@ -45,6 +46,7 @@ struct Format<float> {
 template <>
 struct Format<double> {
     using Int = std::int64_t;
+    using Unsigned = std::uint64_t;
     static constexpr int mantissa_bits = 52, exponent_bias = 1023;
     static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
 };
@@ -298,7 +300,11 @@ PK_INLINE RoundedPower<T> round_and_exp2(Vec<T> x) {
     auto bits = to_bits(shifted);
     const auto offset = to_bits(magic);
 #ifdef PK_PLAIN
-    for (int i = 0; i < Vec<T>::lanes; ++i) bits[i] = (bits[i] - offset[i] + F::exponent_bias) << F::mantissa_bits;
+    using U = typename F::Unsigned;  // whose overflow, of NaN and large x, is defined
+    for (int i = 0; i < Vec<T>::lanes; ++i) {
+        const U exponent = static_cast<U>(bits[i]) - static_cast<U>(offset[i]) + static_cast<U>(F::exponent_bias);
+        bits[i] = static_cast<typename F::Int>(exponent << F::mantissa_bits);
+    }
 #else
     bits = (bits - offset + F::exponent_bias) << F::mantissa_bits;
 #endif

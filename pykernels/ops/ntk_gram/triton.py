@@ -303,8 +303,9 @@ def ntk_gram_rows(
             part = weight * norm * CONSTANTS[layer][j][0]
             following += part * part
             next_change += part * part * 2.0 * log_change
-        following = tl.where(following < LEAST_VARIANCE, LEAST_VARIANCE, following)
-        next_change = change * next_change / following
+        floored = following < LEAST_VARIANCE
+        following = tl.where(floored, LEAST_VARIANCE, following)
+        next_change = tl.where(floored, 0.0, change * next_change / following)
         root = tl.sqrt(following)
         for j in tl.static_range(len(LAYERS[layer][1])):
             store_branch(
