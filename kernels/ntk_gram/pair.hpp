@@ -52,7 +52,7 @@ PK_INLINE Vec<T> square_root(Vec<T> x) {
 template <class T>
 PK_INLINE Vec<T> inverse_root(Vec<T> x) {
 #if PK_VECTOR_BYTES == 64
-    // Newton's steps from an estimate that is right to 2^-14: a root and a quotient would take four times as long.
+    // Newton's steps from an estimate that is right to 2^-14 cost less than a root and a quotient.
     const Vec<T> half(T(0.5)), less = half * x;
     Vec<T> y;
     if constexpr (sizeof(T) == 4)
