@@ -234,7 +234,7 @@ def test_vanilla_gan_by_the_lambert_function():
     rho, gamma = losses.signs(40, 40, POINTS)
     gram = KERNELS["relu"].kernel().gram(POINTS)
     # The next term is a multiple of the time.
-    torch.testing.assert_close(values("vanilla", time=1e-6) / 1e-6, gram @ (gamma * rho), rtol=0, atol=5e-6)
+    torch.testing.assert_close(values("vanilla", time=1e-6) / 1e-6, gram @ (gamma * rho), rtol=1e-5, atol=1e-6)
 
 
 def test_hinge_is_linear_until_the_margin():

@@ -91,6 +91,11 @@ def gradient_error(actual: list[list[Tensor]], expected: list[list[Tensor]], sha
     return largest
 
 
+def without_scales(groups: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The last two tensors of each are the scales'."""
+    return [group[:-2] for group in groups]
+
+
 def together(groups: list[list[Tensor]]) -> list[list[Tensor]]:
     return [[tensor for group in groups for tensor in group]]
 
@@ -267,23 +272,25 @@ def test_float32(promised, capability):
 def test_float32_beside_the_reference(network, capability):
     """Errors at most twice those of the reference in float32, gradients three times; or of the size of rounding.
 
-    Gradients relative to the largest one: some of them are small sums of large terms.
+    Gradients of scales relative to the largest gradient through any function: they may be small sums of large terms.
     """
     ours, theirs = [0.0] * 5, [0.0] * 5
-    own, their = 0.0, 0.0
+    own, their = [0.0, 0.0], [0.0, 0.0]  # of points and factors, and of scales
     for n, m, d in ((20, None, 2), (17, 19, 12), (10, 11, 130)):
         points = Points.of(n, m, d, dtype=torch.float32)
         exact, rough = expected_of(network, points.to(F64)), expected_of(network, points)
         for total, values in ((ours, results(network, points, "cpu")), (theirs, rough.results)):
             for i, (found, expected, size) in enumerate(zip(values, exact.results, exact.sizes, strict=True)):
                 total[i] = max(total[i], error(found, expected, size))
-        slopes = together(exact.gradients)
-        own = max(own, gradient_error(together(gradients(network, points, "cpu")), slopes, 1.0))
-        their = max(their, gradient_error(together(rough.gradients), slopes, 1.0))
+        found = gradients(network, points, "cpu")
+        for total, slopes in ((own, found), (their, rough.gradients)):
+            total[0] = max(total[0], gradient_error(*map(without_scales, (slopes, exact.gradients)), 1.0))
+            total[1] = max(total[1], gradient_error(*map(together, (slopes, exact.gradients)), 1.0))
     eps = torch.finfo(torch.float32).eps
     for name, one, other in zip(NAMES, ours, theirs, strict=True):
         assert one <= (3 if name == "gradients" else 2) * other + 4 * eps, (name, one, other)
-    assert own <= 3 * their + 4 * eps, (own, their)  # rounding adds up in sums over points
+    assert own[0] <= 3 * their[0] + 16 * eps, (own, their)  # rounding adds up in sums over points
+    assert own[1] <= 3 * their[1] + 4 * eps, (own, their)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -448,7 +455,8 @@ def test_nan_and_infinity(value, runner):
         assert torch.equal(nngp.isnan(), broken)
         # Where a vector holds a broken pair, all of its pairs may go another way through the kernel.
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=0, atol=16 * eps)
+        # The same operations, but for which lanes go through the branch of near pairs with others.
+        torch.testing.assert_close(kernel[~broken], clean[~broken], rtol=16 * eps, atol=min(16 * eps, 1e-7))
         values, slopes = network.kernels().witness(
             points.x, normal(9, d, dtype=dtype), normal(9, dtype=dtype), backend=backend
         )
